@@ -1,0 +1,851 @@
+//! The sockets and connections of one peer connection, and what is learnt through them: local
+//! addresses, server-reflexive ones, relays.
+//!
+//! Knows nothing of offers and media. What it finds are candidates ([`News`]); what it is asked for
+//! are [`NetworkRequest`]s of the session.
+
+use std::{
+    collections::VecDeque,
+    future::{Future, poll_fn},
+    io,
+    net::{IpAddr, SocketAddr},
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll},
+    time::{Duration, Instant},
+};
+
+use rustls::ClientConfig;
+use str0m::{
+    Candidate, CandidateKind,
+    net::{Protocol, TcpType, Transmit},
+};
+use tokio::time::timeout;
+
+use super::{
+    faults::{Fault, Faults},
+    interfaces,
+    link::{LinkEvent, system_tls},
+    links::{Links, Role},
+    reflexive::{Answer, Queries},
+    relay::{Incoming, Relay, RelayEvent, UNREACHABLE},
+    servers::{self, Server, Transport},
+    session::NetworkRequest,
+    sockets::Sockets,
+};
+use crate::{
+    peer_connection::IceCandidateError,
+    peer_connection_factory::{IceTransportsType, RtcConfiguration},
+};
+
+/// A name server that is slower spoils the join anyway.
+const LOOKUP_LIMIT: Duration = Duration::from_secs(5);
+/// For the farewell to leave and relays to be given back.
+const LINGER: Duration = Duration::from_millis(300);
+
+/// What was found, for the session.
+#[derive(Debug)]
+pub(super) enum News {
+    Candidate(Candidate),
+    /// Its socket, connection or allocation is gone, or it is not to be used any more.
+    Withdrawn(Candidate),
+    Error(IceCandidateError),
+    Gathered,
+}
+
+/// A datagram for the session, whichever way it came.
+pub(super) struct Received<'a> {
+    pub protocol: Protocol,
+    pub source: SocketAddr,
+    /// Our address as the stack knows it.
+    pub local: SocketAddr,
+    pub bytes: &'a [u8],
+}
+
+/// What is ready; see the methods named.
+pub(super) enum Ready {
+    /// [`Network::receive`]
+    Socket(usize),
+    /// [`Network::on_link`]
+    Link(usize, LinkEvent),
+    /// [`Network::on_lookup`]
+    Lookup(Server, io::Result<Vec<SocketAddr>>),
+}
+
+struct Lookup {
+    server: Server,
+    result: Pin<Box<dyn Future<Output = io::Result<Vec<SocketAddr>>> + Send>>,
+}
+
+pub(super) struct Network {
+    policy: IceTransportsType,
+    servers: Vec<Server>,
+    refused: Vec<(String, &'static str)>,
+    /// None: what the system trusts.
+    tls: Option<Arc<ClientConfig>>,
+    /// Gathering was asked for.
+    started: bool,
+    /// Gathering was asked for and its end not told yet.
+    gathering: bool,
+    /// Connections to relays are wanted: datagrams did not help.
+    streams: bool,
+
+    sockets: Sockets,
+    /// Where the next search for a readable socket starts, so that none starves.
+    next: usize,
+    links: Links,
+    relays: Vec<Relay>,
+    relay_candidates: Vec<Candidate>,
+    queries: Queries,
+    lookups: Vec<Lookup>,
+
+    news: VecDeque<News>,
+    faults: Faults,
+    /// Where datagrams are wrapped for a relay.
+    wrapped: Vec<u8>,
+}
+
+impl Network {
+    pub(super) fn new(config: &RtcConfiguration, tls: Option<Arc<ClientConfig>>) -> Self {
+        let mut network = Self {
+            policy: IceTransportsType::All,
+            servers: Vec::new(),
+            refused: Vec::new(),
+            tls,
+            started: false,
+            gathering: false,
+            streams: false,
+            sockets: Sockets::default(),
+            next: 0,
+            links: Links::default(),
+            relays: Vec::new(),
+            relay_candidates: Vec::new(),
+            queries: Queries::default(),
+            lookups: Vec::new(),
+            news: VecDeque::new(),
+            faults: Faults::default(),
+            wrapped: Vec::new(),
+        };
+        network.configure(config);
+        network
+    }
+
+    pub(super) async fn handle(&mut self, now: Instant, request: NetworkRequest) {
+        match request {
+            NetworkRequest::Gather => self.gather(now).await,
+            NetworkRequest::Restart => {
+                let gone = self.links.age();
+                self.news.extend(gone.into_iter().map(News::Withdrawn));
+                self.gather(now).await;
+            }
+            NetworkRequest::Towards(ip) => self.reach(now, ip).await,
+            NetworkRequest::Tcp(to) => self.connect(to),
+            NetworkRequest::Streams => {
+                self.streams = true;
+                self.look_up();
+            }
+            NetworkRequest::Configure(config) => {
+                self.configure(&config);
+                if self.started {
+                    self.gather(now).await;
+                }
+            }
+        }
+    }
+
+    /// Takes the oldest news.
+    pub(super) fn news(&mut self) -> Option<News> {
+        self.news.pop_front()
+    }
+
+    /// When to poll again at the latest.
+    pub(super) fn deadline(&self) -> Option<Instant> {
+        let relays = self.relays.iter().filter_map(Relay::deadline);
+        relays.chain(self.queries.deadline()).min()
+    }
+
+    /// Does what is due.
+    pub(super) fn poll(&mut self, now: Instant) {
+        while let Some(unanswered) = self.queries.poll(now, |base, to, bytes| {
+            self.sockets.send(&mut self.faults, base, to, bytes);
+        }) {
+            self.report(
+                Some(unanswered.base),
+                &unanswered.url,
+                UNREACHABLE,
+                "the STUN server does not answer",
+            );
+        }
+        for index in 0..self.relays.len() {
+            self.poll_relay(now, index);
+        }
+        self.relays.retain(|relay| !relay.is_over());
+        if self.gathering && self.is_settled() {
+            self.gathering = false;
+            self.news.push_back(News::Gathered);
+        }
+    }
+
+    /// Sends at once, queues (on a stream), or drops, as networks may.
+    pub(super) fn send(&mut self, now: Instant, transmit: &Transmit) {
+        let Transmit {
+            proto,
+            source,
+            destination,
+            contents,
+        } = transmit;
+        match proto {
+            Protocol::Udp => {
+                let faults = &mut self.faults;
+                if !self.sockets.send(faults, *source, *destination, contents) {
+                    self.send_relayed(now, *source, *destination, contents);
+                }
+            }
+            _ => {
+                self.links
+                    .send(&mut self.faults, *source, *destination, contents);
+            }
+        }
+    }
+
+    /// Waits until something is ready; for ever if there is nothing to wait for. Cancel safe. To
+    /// be called again only when that was dealt with.
+    pub(super) async fn ready(&mut self) -> Ready {
+        poll_fn(|cx| self.poll_ready(cx)).await
+    }
+
+    /// Length, source and own address of a datagram, or None if none waits.
+    pub(super) fn receive(
+        &self,
+        index: usize,
+        buffer: &mut [u8],
+    ) -> Option<(usize, SocketAddr, SocketAddr)> {
+        self.sockets.receive(index, buffer)
+    }
+
+    /// Hands a datagram on, unless it is a server's: then what a peer sent through it.
+    pub(super) fn sort(
+        &mut self,
+        now: Instant,
+        source: SocketAddr,
+        local: SocketAddr,
+        bytes: &[u8],
+        deliver: impl FnOnce(Received),
+    ) {
+        if !(self.relays.is_empty() && self.queries.is_empty()) {
+            match self.queries.receive(source, local, bytes) {
+                Answer::Foreign => {}
+                Answer::Senseless => return self.faults.note(Fault::Stun, source),
+                Answer::Mapped { base, mapped } => return self.add_mapped(base, mapped),
+            }
+            let through = |relay: &&mut Relay| relay.remote() == source && relay.local() == local;
+            if let Some(relay) = self.relays.iter_mut().find(through) {
+                return from_relay(relay, &mut self.faults, now, bytes, deliver);
+            }
+        }
+        deliver(Received {
+            protocol: Protocol::Udp,
+            source,
+            local,
+            bytes,
+        });
+    }
+
+    /// Deals with what a link said, and hands on what came through it.
+    pub(super) fn on_link(
+        &mut self,
+        now: Instant,
+        index: usize,
+        event: LinkEvent,
+        mut deliver: impl FnMut(Received),
+    ) {
+        match event {
+            LinkEvent::Opened { local, remote } => self.on_link_open(now, index, local, remote),
+            LinkEvent::Closed(err) => self.on_link_closed(index, &err),
+            LinkEvent::Received => {
+                let (link, role) = self.links.get_mut(index);
+                let Some((local, remote)) = link.addresses() else {
+                    return;
+                };
+                let to_peer = matches!(role, Role::Peer(_));
+                let through = |relay: &&mut Relay| {
+                    !to_peer && relay.local() == local && relay.remote() == remote
+                };
+                let mut relay = self.relays.iter_mut().find(through);
+                let broken = loop {
+                    match (link.next(), &mut relay) {
+                        (Ok(Some(bytes)), Some(relay)) => {
+                            from_relay(relay, &mut self.faults, now, bytes, &mut deliver);
+                        }
+                        (Ok(Some(bytes)), None) if to_peer && !bytes.is_empty() => {
+                            deliver(Received {
+                                protocol: Protocol::Tcp,
+                                source: remote,
+                                local,
+                                bytes,
+                            });
+                        }
+                        // Empty, or of a server that has nothing to say any more.
+                        (Ok(Some(_)), None) => {}
+                        (Ok(None), _) => return,
+                        (Err(broken), _) => break broken,
+                    }
+                };
+                self.faults.note(Fault::Frame, broken.0);
+                let err = io::Error::new(io::ErrorKind::InvalidData, broken.0);
+                self.on_link_closed(index, &err);
+            }
+        }
+    }
+
+    /// The addresses of a server are known, or can't be.
+    pub(super) async fn on_lookup(
+        &mut self,
+        now: Instant,
+        server: Server,
+        result: io::Result<Vec<SocketAddr>>,
+    ) {
+        let addresses = match result {
+            Ok(addresses) if !addresses.is_empty() => addresses,
+            Ok(_) => return self.report(None, &server.url, UNREACHABLE, "no address"),
+            Err(err) => return self.report(None, &server.url, UNREACHABLE, &err.to_string()),
+        };
+        match server.target.transport {
+            Transport::Udp => self.ask_server(now, server, &addresses).await,
+            Transport::Tcp | Transport::Tls => self.open_relay(server, addresses),
+        }
+    }
+
+    /// Gives everything back. Takes no longer than [`LINGER`], and no time at all if there is
+    /// neither a stream nor a relay. Not cancel safe: what is left is then dropped.
+    pub(super) async fn close(&mut self) {
+        self.queries = Queries::default();
+        self.lookups.clear();
+        let now = Instant::now();
+        self.relays.iter_mut().for_each(|relay| relay.release(now));
+        let end = now + LINGER;
+        loop {
+            let now = Instant::now();
+            self.poll(now);
+            self.news.clear();
+            if (self.relays.is_empty() && self.links.is_idle()) || now >= end {
+                return;
+            }
+            let until = self.deadline().unwrap_or(end).min(end);
+            match timeout(until.saturating_duration_since(now), self.ready()).await {
+                Err(_) => {}
+                Ok(Ready::Socket(index)) => {
+                    let mut buffer = [0; 2048];
+                    if let Some((len, source, local)) = self.receive(index, &mut buffer) {
+                        self.sort(now, source, local, &buffer[..len], |_| {});
+                    }
+                }
+                Ok(Ready::Link(index, event)) => self.on_link(now, index, event, |_| {}),
+                Ok(Ready::Lookup(..)) => {}
+            }
+        }
+    }
+
+    fn configure(&mut self, config: &RtcConfiguration) {
+        (self.servers, self.refused) = servers::servers(&config.ice_servers);
+        self.policy = config.ice_transport_type;
+        // What must not be used any more.
+        let policy = self.policy;
+        let gone = self
+            .sockets
+            .retain_candidates(|candidate| allows(policy, candidate));
+        self.news.extend(gone.into_iter().map(News::Withdrawn));
+        if policy != IceTransportsType::All {
+            let gone = self.links.hang_up(|_| true);
+            self.news.extend(gone.into_iter().map(News::Withdrawn));
+        }
+    }
+
+    /// At the start, and again later: what has changed since is noticed.
+    async fn gather(&mut self, now: Instant) {
+        self.started = true;
+        self.gathering = true;
+        for (url, reason) in std::mem::take(&mut self.refused) {
+            self.report(None, &url, UNREACHABLE, reason);
+        }
+        self.drop_lost_sockets();
+        if self.policy != IceTransportsType::Relay {
+            for ip in interfaces::local_addresses() {
+                self.open(now, ip, None).await;
+            }
+        }
+        self.look_up();
+    }
+
+    /// An address may be gone with its network.
+    fn drop_lost_sockets(&mut self) {
+        for socket in self.sockets.take_lost() {
+            log::debug!("{} is no address of this machine any more", socket.local);
+            self.queries.forget(socket.local);
+            self.news
+                .extend(socket.candidates.into_iter().map(News::Withdrawn));
+            // Their servers are asked anew, through another socket.
+            let relays: Vec<_> = self
+                .relays
+                .extract_if(.., |relay| relay.local() == socket.local)
+                .collect();
+            for relayed in relays.iter().filter_map(Relay::relayed) {
+                self.withdraw_relayed(relayed);
+            }
+        }
+    }
+
+    /// A socket on the interface through which `remote` is reached.
+    async fn reach(&mut self, now: Instant, remote: IpAddr) {
+        if self.policy == IceTransportsType::Relay {
+            return;
+        }
+        match interfaces::towards(remote) {
+            Ok(ip) => {
+                self.open(now, ip, Some(remote)).await;
+            }
+            Err(err) => {
+                let remote = SocketAddr::new(remote, 0);
+                let text = format!("no local address for a candidate: {err}");
+                self.report(Some(remote), "", UNREACHABLE, &text);
+            }
+        }
+    }
+
+    /// Opens a socket unless there is one. Returns its address.
+    async fn open(&mut self, now: Instant, ip: IpAddr, to: Option<IpAddr>) -> Option<SocketAddr> {
+        if let Some(local) = self.sockets.at(ip) {
+            return Some(local);
+        }
+        let local = match self.sockets.open(ip).await {
+            Ok(local) => local,
+            Err(err) => {
+                let to = to.map(|to| SocketAddr::new(to, 0));
+                let text = format!("no local address for a candidate: {err}");
+                self.report(to, "", UNREACHABLE, &text);
+                return None;
+            }
+        };
+        match Candidate::host(local, Protocol::Udp) {
+            Ok(candidate) => self.add_candidate(local, candidate),
+            Err(err) => log::debug!("{local} is no candidate: {err}"),
+        }
+        // Servers that were asked before are asked from this one too.
+        if self.gathering && self.policy != IceTransportsType::Relay {
+            for relay in &self.relays {
+                let (url, remote) = (&relay.server().url, relay.remote());
+                if relay.server().target.transport == Transport::Udp
+                    && remote.is_ipv4() == local.is_ipv4()
+                {
+                    self.queries.ask(now, local, remote, url);
+                }
+            }
+        }
+        Some(local)
+    }
+
+    fn add_candidate(&mut self, base: SocketAddr, candidate: Candidate) {
+        if !allows(self.policy, &candidate) {
+            return;
+        }
+        if self.sockets.add_candidate(base, &candidate) {
+            self.news.push_back(News::Candidate(candidate));
+        }
+    }
+
+    fn add_mapped(&mut self, base: SocketAddr, mapped: SocketAddr) {
+        match Candidate::server_reflexive(mapped, base, Protocol::Udp) {
+            Ok(candidate) => self.add_candidate(base, candidate),
+            Err(err) => self.faults.note(Fault::Stun, err),
+        }
+    }
+
+    /// Starts with the servers that are due and not yet in use.
+    fn look_up(&mut self) {
+        let streams = self.streams || self.policy == IceTransportsType::Relay;
+        for server in &self.servers {
+            let target = &server.target;
+            let due = target.transport == Transport::Udp || streams;
+            let useful = target.relay || self.policy != IceTransportsType::Relay;
+            let in_use = self.lookups.iter().any(|lookup| lookup.server == *server)
+                || self.links.leads_to(server);
+            if !due || !useful || in_use {
+                continue;
+            }
+            let (host, port) = (target.host.clone(), target.port);
+            let result = async move {
+                let found = tokio::net::lookup_host((host.as_str(), port));
+                let found = timeout(LOOKUP_LIMIT, found).await;
+                let found = found.unwrap_or_else(|_| {
+                    Err(io::Error::new(
+                        io::ErrorKind::TimedOut,
+                        "no address in time",
+                    ))
+                });
+                Ok(found?.collect())
+            };
+            self.lookups.push(Lookup {
+                server: server.clone(),
+                result: Box::pin(result),
+            });
+        }
+    }
+
+    /// A server that is asked by datagrams: for our address from each socket, and for a relay.
+    async fn ask_server(&mut self, now: Instant, server: Server, addresses: &[SocketAddr]) {
+        let reachable = addresses
+            .iter()
+            .find_map(|remote| Some((*remote, interfaces::towards(remote.ip()).ok()?)));
+        let Some((remote, ip)) = reachable else {
+            return self.report(None, &server.url, UNREACHABLE, "no route to the server");
+        };
+        let Some(local) = self.open(now, ip, Some(remote.ip())).await else {
+            return;
+        };
+        if self.policy != IceTransportsType::Relay {
+            for local in self.sockets.locals() {
+                // Through loopback nothing is learnt about the world, and the other way round.
+                let same = local.is_ipv4() == remote.is_ipv4()
+                    && local.ip().is_loopback() == remote.ip().is_loopback();
+                if same {
+                    self.queries.ask(now, local, remote, &server.url);
+                }
+            }
+        }
+        let known = self.relays.iter().any(|relay| *relay.server() == server);
+        if server.target.relay && !known {
+            self.relays
+                .push(Relay::new(now, server, false, local, remote));
+        }
+    }
+
+    fn open_relay(&mut self, server: Server, addresses: Vec<SocketAddr>) {
+        let tls = match server.target.transport {
+            Transport::Tls => match self.tls.clone().map_or_else(system_tls, Ok) {
+                Ok(config) => Some(config),
+                Err(err) => return self.report(None, &server.url, UNREACHABLE, &err),
+            },
+            Transport::Tcp | Transport::Udp => None,
+        };
+        let url = server.url.clone();
+        if !self.links.call(server, addresses, tls) {
+            self.report(None, &url, UNREACHABLE, "too many connections");
+        }
+    }
+
+    /// Connects to a passive candidate.
+    fn connect(&mut self, to: SocketAddr) {
+        if self.policy == IceTransportsType::All && !self.links.dial(to) {
+            log::debug!("too many connections: none to {to}");
+        }
+    }
+
+    fn on_link_open(&mut self, now: Instant, index: usize, local: SocketAddr, remote: SocketAddr) {
+        match self.links.get_mut(index).1 {
+            Role::Relay(server) => {
+                let relay = Relay::new(now, server.clone(), true, local, remote);
+                self.relays.push(relay);
+            }
+            Role::Peer(dialled) => {
+                log::debug!("connected to {remote} by TCP");
+                let candidate = Candidate::builder()
+                    .tcp()
+                    .host(local)
+                    .tcptype(TcpType::Active)
+                    .build();
+                match candidate {
+                    Ok(candidate) => {
+                        dialled.candidate = Some(candidate.clone());
+                        self.news.push_back(News::Candidate(candidate));
+                    }
+                    Err(err) => log::debug!("{local} is no candidate: {err}"),
+                }
+            }
+        }
+    }
+
+    fn on_link_closed(&mut self, index: usize, err: &io::Error) {
+        match self.links.remove(index) {
+            Role::Peer(dialled) => {
+                log::debug!("connection to {}: {err}", dialled.to);
+                self.news.extend(dialled.candidate.map(News::Withdrawn));
+            }
+            Role::Relay(server) => {
+                let on_link = |relay: &mut Relay| *relay.server() == server;
+                let lost: Vec<_> = self.relays.extract_if(.., on_link).collect();
+                for relayed in lost.iter().filter_map(Relay::relayed) {
+                    self.withdraw_relayed(relayed);
+                }
+                self.report(None, &server.url, UNREACHABLE, &err.to_string());
+            }
+        }
+    }
+
+    fn poll_relay(&mut self, now: Instant, index: usize) {
+        loop {
+            let relay = &mut self.relays[index];
+            let (local, remote) = (relay.local(), relay.remote());
+            let stream = relay.server().target.transport != Transport::Udp;
+            let (sockets, links, faults) = (&self.sockets, &mut self.links, &mut self.faults);
+            let event = relay.poll(now, |bytes| {
+                if stream {
+                    links.send(faults, local, remote, bytes);
+                } else {
+                    sockets.send(faults, local, remote, bytes);
+                }
+            });
+            match event {
+                None => return,
+                Some(RelayEvent::Allocated(relayed)) => {
+                    match Candidate::relayed(relayed, local, Protocol::Udp) {
+                        Ok(candidate) => {
+                            self.relay_candidates.push(candidate.clone());
+                            self.news.push_back(News::Candidate(candidate));
+                        }
+                        Err(err) => self.faults.note(Fault::Turn, err),
+                    }
+                }
+                Some(RelayEvent::Failed {
+                    relayed,
+                    code,
+                    text,
+                }) => {
+                    let url = self.relays[index].server().url.clone();
+                    if let Some(relayed) = relayed {
+                        self.withdraw_relayed(relayed);
+                    }
+                    self.report(Some(local), &url, code, &text);
+                    if stream {
+                        self.links.remove_from(local);
+                    }
+                    return;
+                }
+            }
+        }
+    }
+
+    fn send_relayed(&mut self, now: Instant, from: SocketAddr, to: SocketAddr, bytes: &[u8]) {
+        let from_it = |relay: &&mut Relay| relay.relayed() == Some(from);
+        let Some(relay) = self.relays.iter_mut().find(from_it) else {
+            return;
+        };
+        if !relay.wrap(now, to, bytes, &mut self.wrapped) {
+            return;
+        }
+        let (local, remote) = (relay.local(), relay.remote());
+        if relay.server().target.transport == Transport::Udp {
+            self.sockets
+                .send(&mut self.faults, local, remote, &self.wrapped);
+        } else {
+            self.links
+                .send(&mut self.faults, local, remote, &self.wrapped);
+        }
+    }
+
+    fn withdraw_relayed(&mut self, relayed: SocketAddr) {
+        let gone = |candidate: &mut Candidate| candidate.addr() == relayed;
+        let gone: Vec<_> = self.relay_candidates.extract_if(.., gone).collect();
+        self.news.extend(gone.into_iter().map(News::Withdrawn));
+    }
+
+    fn report(&mut self, local: Option<SocketAddr>, url: &str, code: u16, text: &str) {
+        log::debug!("{url}: {code} {text}");
+        self.news.push_back(News::Error(IceCandidateError {
+            address: local.map(|at| at.ip().to_string()).unwrap_or_default(),
+            port: local.map_or(0, |at| at.port().into()),
+            url: url.to_owned(),
+            error_code: code.into(),
+            error_text: text.to_owned(),
+        }));
+    }
+
+    /// Nothing is under way that could bring a candidate.
+    fn is_settled(&self) -> bool {
+        self.lookups.is_empty()
+            && self.queries.is_empty()
+            && self.relays.iter().all(|relay| relay.relayed().is_some())
+            && !self.links.is_calling()
+    }
+
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Ready> {
+        let (sockets, count) = (self.sockets.len(), self.sockets.len() + self.links.len());
+        for index in (self.next..count).chain(0..self.next.min(count)) {
+            let ready = if index < sockets {
+                let ready = self.sockets.is_ready(index, cx);
+                ready.then_some(Ready::Socket(index))
+            } else {
+                let index = index - sockets;
+                match self.links.poll(index, cx) {
+                    Poll::Ready(event) => Some(Ready::Link(index, event)),
+                    Poll::Pending => None,
+                }
+            };
+            if let Some(ready) = ready {
+                self.next = index + 1;
+                return Poll::Ready(ready);
+            }
+        }
+        for index in 0..self.lookups.len() {
+            if let Poll::Ready(result) = self.lookups[index].result.as_mut().poll(cx) {
+                let lookup = self.lookups.swap_remove(index);
+                return Poll::Ready(Ready::Lookup(lookup.server, result));
+            }
+        }
+        Poll::Pending
+    }
+}
+
+fn allows(policy: IceTransportsType, candidate: &Candidate) -> bool {
+    match policy {
+        IceTransportsType::All => true,
+        IceTransportsType::NoHost => candidate.kind() != CandidateKind::Host,
+        IceTransportsType::Relay => candidate.kind() == CandidateKind::Relayed,
+    }
+}
+
+fn from_relay(
+    relay: &mut Relay,
+    faults: &mut Faults,
+    now: Instant,
+    bytes: &[u8],
+    deliver: impl FnOnce(Received),
+) {
+    let relayed = relay.relayed();
+    let incoming = relay.receive(now, bytes, |source, bytes| {
+        if let Some(local) = relayed {
+            deliver(Received {
+                protocol: Protocol::Udp,
+                source,
+                local,
+                bytes,
+            });
+        }
+    });
+    if incoming == Incoming::Senseless {
+        faults.note(Fault::Turn, relay.remote());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::{Ipv4Addr, UdpSocket as StdUdpSocket};
+
+    use super::*;
+
+    fn network() -> Network {
+        Network::new(&RtcConfiguration::default(), None)
+    }
+
+    #[tokio::test]
+    async fn an_address_is_opened_once() {
+        let (mut network, now) = (network(), Instant::now());
+        let loopback: IpAddr = Ipv4Addr::LOCALHOST.into();
+        for _ in 0..2 {
+            network.reach(now, loopback).await;
+        }
+        assert_eq!(network.sockets.len(), 1);
+        assert!(network.sockets.at(loopback).is_some());
+        assert_eq!(network.news.len(), 1);
+    }
+
+    #[tokio::test]
+    async fn datagrams_come_with_both_addresses_and_no_socket_starves() {
+        let (mut network, now) = (network(), Instant::now());
+        let first = Ipv4Addr::LOCALHOST.into();
+        let first = network.open(now, first, None).await.unwrap();
+        let second = Ipv4Addr::new(127, 0, 0, 2).into();
+        let second = network.open(now, second, None).await.unwrap();
+        let sender = StdUdpSocket::bind("127.0.0.1:0").unwrap();
+        for _ in 0..2 {
+            sender.send_to(b"one", first).unwrap();
+            sender.send_to(b"two", second).unwrap();
+        }
+        let mut seen = Vec::new();
+        let mut buffer = [0; 16];
+        while seen.len() < 4 {
+            let Ready::Socket(index) = network.ready().await else {
+                panic!("there are only sockets");
+            };
+            if let Some((len, source, local)) = network.receive(index, &mut buffer) {
+                assert_eq!(source, sender.local_addr().unwrap());
+                assert_eq!(&buffer[..len], if local == first { b"one" } else { b"two" });
+                seen.push(local);
+            }
+        }
+        assert_eq!(seen[..2].iter().filter(|local| **local == first).count(), 1);
+    }
+
+    #[tokio::test]
+    async fn an_address_that_is_gone_takes_its_candidates_along() {
+        let (mut network, now) = (network(), Instant::now());
+        let loopback = Ipv4Addr::LOCALHOST.into();
+        let local = network.open(now, loopback, None).await.unwrap();
+        network.add_mapped(local, "203.0.113.5:4321".parse().unwrap());
+        assert_eq!(network.news.len(), 2);
+        network.news.clear();
+        network.handle(now, NetworkRequest::Gather).await;
+        let kept = |network: &Network| {
+            let mut locals = network.sockets.locals();
+            locals.any(|known| known.port() == local.port())
+        };
+        assert!(kept(&network));
+
+        network.sockets.lose(local);
+        network.news.clear();
+        network.handle(now, NetworkRequest::Restart).await;
+        assert!(!kept(&network));
+        let withdrawn = |news: &&News| matches!(news, News::Withdrawn(_));
+        assert_eq!(network.news.iter().filter(withdrawn).count(), 2);
+        network.reach(now, loopback).await;
+        assert!(matches!(network.news.back(), Some(News::Candidate(_))));
+    }
+
+    /// A server of the configuration is being asked.
+    fn asks(network: &Network) -> bool {
+        !network.lookups.is_empty()
+    }
+
+    fn with_server(url: &str, policy: IceTransportsType) -> RtcConfiguration {
+        let server = crate::peer_connection_factory::IceServer {
+            urls: vec![url.to_owned()],
+            username: String::new(),
+            password: String::new(),
+        };
+        RtcConfiguration {
+            ice_servers: vec![server],
+            ice_transport_type: policy,
+            ..RtcConfiguration::default()
+        }
+    }
+
+    #[tokio::test]
+    async fn servers_are_asked_when_their_time_has_come() {
+        use IceTransportsType::{All, NoHost, Relay};
+        let now = Instant::now();
+        for (url, policy, at_once, with_streams) in [
+            ("stun:127.0.0.1", All, true, true),
+            ("stun:127.0.0.1", NoHost, true, true),
+            ("stun:127.0.0.1", Relay, false, false),
+            ("turn:127.0.0.1", All, true, true),
+            ("turn:127.0.0.1", Relay, true, true),
+            ("turn:127.0.0.1?transport=tcp", All, false, true),
+            ("turns:127.0.0.1", NoHost, false, true),
+            ("turns:127.0.0.1", Relay, true, true),
+        ] {
+            let config = with_server(url, policy);
+            let mut early = Network::new(&config, None);
+            assert!(!asks(&early));
+            early.handle(now, NetworkRequest::Gather).await;
+            // As the SDK does: what the server says of servers comes after the search began.
+            let mut late = network();
+            late.handle(now, NetworkRequest::Gather).await;
+            late.handle(now, NetworkRequest::Configure(config)).await;
+            for mut network in [early, late] {
+                assert_eq!(asks(&network), at_once, "{url} {policy:?}");
+                network.handle(now, NetworkRequest::Streams).await;
+                assert_eq!(asks(&network), with_streams, "{url} {policy:?}");
+                assert!(network.lookups.len() <= 1);
+            }
+        }
+    }
+}
