@@ -1,0 +1,275 @@
+//! Which values are allowed, and which of them together.
+
+use config::ValueKind;
+use tracing_subscriber::EnvFilter;
+use url::Url;
+
+use super::{
+    Config,
+    sources::{Settings, text},
+};
+use crate::store;
+
+/// Numbers: the key, whether 0 is allowed and means never, the least and the most, and the unit.
+const RANGES: [(&str, bool, u64, u64, &str); 22] = [
+    ("rooms.poll_interval_ms", false, 50, 3_600_000, MS),
+    ("rooms.reconcile_interval_ms", true, 50, 3_600_000, MS),
+    ("stt.max_streams", true, 1, 100_000, "streams"),
+    ("stt.page_ms", false, 20, 1000, MS),
+    ("stt.connect_timeout_ms", false, 100, 20_000, MS),
+    ("stt.close_grace_ms", false, 100, 120_000, MS),
+    ("stt.idle_after_ms", true, 100, 3_600_000, MS),
+    ("stt.read_timeout_ms", true, 100, 600_000, MS),
+    ("stt.write_timeout_ms", true, 100, 600_000, MS),
+    ("stt.provider_idle_ms", false, 100, 3_600_000, MS),
+    // In memory, for each stream: a minute of Opus is about 250 KB.
+    ("stt.replay_ms", true, 20, 60_000, MS),
+    ("stt.retry_first_ms", false, 10, 3_600_000, MS),
+    ("stt.retry_most_ms", false, 10, 3_600_000, MS),
+    // Deepgram's bounds.
+    ("stt.parameters.utterance_end_ms", false, 1000, 5000, MS),
+    ("stt.parameters.endpointing", true, 1, 60_000, MS),
+    ("transcripts.file_max_mb", false, 1, 1_000_000, "megabytes"),
+    ("transcripts.file_keep", true, 1, 1000, "files"),
+    ("ledger.retention_days", true, 1, 36_500, "days"),
+    ("quota.concurrent_streams", true, 1, 1_000_000, "streams"),
+    ("usage_reports.timeout_ms", false, 100, 120_000, MS),
+    ("shutdown.deadline_ms", false, 100, 600_000, MS),
+    ("shutdown.hurry_ms", false, 50, 600_000, MS),
+];
+const MS: &str = "milliseconds";
+
+const MAX_TEXT: usize = 4096;
+const MAX_ITEMS: usize = 1000;
+/// LiveKit's limit of identities and names of rooms, in bytes.
+const MAX_NAME: usize = 256;
+const NAMES: [&str; 2] = ["rooms.identity", "rooms.join"];
+/// What else is sent as a parameter of `/v1/listen`, and is not for `stt.extra`.
+const SENT: [&str; 6] = [
+    "model",
+    "language",
+    "interim_results",
+    "encoding",
+    "sample_rate",
+    "channels",
+];
+
+/// Each value for itself.
+pub(super) fn check_values(settings: &mut Settings<'_>) {
+    let mut faults: Vec<(String, String)> = Vec::new();
+    for (key, value) in settings.iter() {
+        let values = match &value.kind {
+            ValueKind::Array(items) => items,
+            _ => std::slice::from_ref(value),
+        };
+        let most = match NAMES.contains(&key) {
+            true => MAX_NAME,
+            false => MAX_TEXT,
+        };
+        let wrong = values
+            .iter()
+            .filter_map(text)
+            .find_map(|text| wrong_text(text, most));
+        if values.len() > MAX_ITEMS {
+            faults.push((key.to_owned(), format!("at most {MAX_ITEMS} are allowed")));
+        } else if let Some(wrong) = wrong {
+            faults.push((key.to_owned(), wrong));
+        }
+    }
+    for (key, zero, least, most, unit) in RANGES {
+        if let Some(number) = settings.number(key)
+            && !(least..=most).contains(&number)
+            && !(zero && number == 0)
+        {
+            let or_never = if zero { ", or 0" } else { "" };
+            let allowed = format!("it must be from {least} to {most} ({unit}){or_never}");
+            faults.push((key.to_owned(), allowed));
+        }
+    }
+    for (key, schemes) in [
+        ("livekit.url", &["ws", "wss", "http", "https"][..]),
+        ("stt.url", &["ws", "wss"]),
+        ("quota.url", &["http", "https"]),
+        ("usage_reports.url", &["http", "https"]),
+        ("stt.parameters.callback", &["https", "http", "wss", "ws"]),
+    ] {
+        let text = settings.text(key);
+        // A callback is told apart from a server: it may have a user and a query.
+        let server = key.ends_with(".url");
+        if let Some(wrong) = text.and_then(|text| wrong_url(text, schemes, server)) {
+            faults.push((key.to_owned(), wrong));
+        }
+    }
+    for (key, value) in settings.iter() {
+        let price = key.starts_with("ledger.prices.");
+        if price && text(value).is_none_or(|text| store::parse_price(text).is_none()) {
+            let allowed = "it must be the price of a minute, in digits, up to 1000, such as \
+                           \"0.0077\"";
+            faults.push((key.to_owned(), allowed.to_owned()));
+        }
+    }
+    let currency = settings.text("ledger.currency").unwrap_or_default();
+    if !matches!(currency.len(), 1..=8) || !currency.bytes().all(|b| b.is_ascii_alphabetic()) {
+        let allowed = "it must be a name of 1 to 8 letters, such as USD";
+        faults.push(("ledger.currency".to_owned(), allowed.to_owned()));
+    }
+    let filter = settings.text("log.filter");
+    if let Some(Err(error)) = filter.map(EnvFilter::try_new) {
+        faults.push(("log.filter".to_owned(), error.to_string()));
+    }
+    for (key, fault) in faults {
+        settings.fault(&key, &fault);
+    }
+}
+
+#[cfg(test)]
+pub(super) fn has_range(key: &str) -> bool {
+    RANGES.iter().any(|(name, ..)| *name == key)
+}
+
+fn wrong_text(text: &str, most: usize) -> Option<String> {
+    if text.is_empty() {
+        Some("an empty text says nothing: leave it out".to_owned())
+    } else if text.trim() != text {
+        Some("it has a blank or a line break at an end: set it without".to_owned())
+    } else if text.contains(char::is_control) {
+        Some("it has a line break or another control character: set it without".to_owned())
+    } else if text.contains(char::REPLACEMENT_CHARACTER) {
+        Some("it is not UTF-8".to_owned())
+    } else if text.len() > most {
+        Some(format!("at most {most} bytes are allowed"))
+    } else {
+        None
+    }
+}
+
+fn wrong_url(text: &str, schemes: &[&str], server: bool) -> Option<String> {
+    let example = schemes.last().unwrap_or(&"https");
+    let allowed = format!(
+        "it must be a URL that names a host and starts with one of {}, such as {example}://host",
+        schemes.join(", ")
+    );
+    let url = match Url::parse(text) {
+        Ok(url) => url,
+        Err(error) => return Some(format!("{error}; {allowed}")),
+    };
+    if !schemes.contains(&url.scheme()) || url.host_str().is_none_or(str::is_empty) {
+        return Some(allowed);
+    }
+    if !server {
+        return None;
+    }
+    // It would end up in logs and errors.
+    if !url.username().is_empty() || url.password().is_some() {
+        return Some("a user name or password in it is not supported".to_owned());
+    }
+    if url.fragment().is_some() {
+        return Some("a fragment in it is not supported".to_owned());
+    }
+    None
+}
+
+/// Values that are good each for itself.
+pub(super) fn check_together(config: &Config, settings: &mut Settings<'_>) {
+    let Config {
+        rooms,
+        participants,
+        stt,
+        ..
+    } = config;
+    if rooms.discover && rooms.include.is_empty() && rooms.join.is_empty() {
+        settings.fault(
+            "rooms.include",
+            "no room would be joined: give a pattern, or names in rooms.join",
+        );
+    }
+    if !rooms.discover && rooms.join.is_empty() {
+        settings.fault(
+            "rooms.discover",
+            "no room would be joined: give names in rooms.join, or set it to true",
+        );
+    }
+    if participants.include.is_empty() {
+        settings.fault(
+            "participants.include",
+            "nobody would be transcribed: give a pattern, [\"*\"] for everybody",
+        );
+    }
+    if participants.sources.is_empty() {
+        settings.fault(
+            "participants.sources",
+            "nothing would be transcribed: give at least microphone",
+        );
+    }
+    if stt.parameters.utterance_end_ms.is_some() && !stt.interim_results {
+        settings.fault(
+            "stt.parameters.utterance_end_ms",
+            "it needs stt.interim_results = true",
+        );
+    }
+    if let Some(method) = &stt.parameters.callback_method {
+        let key = "stt.parameters.callback_method";
+        if stt.parameters.callback.is_none() {
+            settings.fault(key, "it needs stt.parameters.callback");
+        } else if !["post", "put"].contains(&method.as_str()) {
+            settings.fault(key, "expected one of post, put");
+        }
+    }
+    if config.usage_reports.url.is_some() && !config.ledger.enabled {
+        settings.fault("usage_reports.url", "it needs ledger.enabled = true");
+    }
+    at_most(settings, "shutdown.hurry_ms", "shutdown.deadline_ms");
+    at_most(settings, "stt.retry_first_ms", "stt.retry_most_ms");
+
+    let own: Vec<String> = settings
+        .keys
+        .within("stt.parameters")
+        .map(str::to_owned)
+        .collect();
+    let has_key = |settings: &Settings<'_>, name: &str| match SENT.contains(&name) {
+        true if settings.keys.kind(&format!("stt.{name}")).is_some() => {
+            Some(format!("{name} has a key of its own, stt.{name}"))
+        }
+        true => Some(format!(
+            "{name} follows from stt.encoding, which is a key of its own"
+        )),
+        false => own
+            .iter()
+            .any(|own| own == name)
+            .then(|| format!("{name} has a key of its own, stt.parameters.{name}")),
+    };
+    for name in stt.extra.keys() {
+        let key = format!("stt.extra.{name}");
+        if let Some(said) = has_key(settings, name) {
+            settings.fault(&key, &said);
+        } else if name.is_empty() || name.contains(char::is_control) {
+            settings.fault(&key, "this is no name of a parameter");
+        }
+    }
+    for (name, _) in stt.url.query_pairs() {
+        if let Some(said) = has_key(settings, &name) {
+            settings.fault("stt.url", &said);
+        }
+    }
+    if config.livekit.url.query().is_some() {
+        settings.fault("livekit.url", "a query in it is not supported");
+    }
+}
+
+/// A default gives way to what was set.
+fn at_most(settings: &mut Settings<'_>, low: &str, high: &str) {
+    let (Some(least), Some(most)) = (settings.number(low), settings.number(high)) else {
+        return;
+    };
+    if least <= most {
+        return;
+    }
+    if settings.is_default(low) {
+        settings.replace_default(low, most);
+    } else {
+        settings.fault(
+            low,
+            &format!("it must not be above {high}, which is {most}"),
+        );
+    }
+}

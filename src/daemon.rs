@@ -1,0 +1,966 @@
+//! The root of the tree: finds rooms, supervises one task a room, and closes everything in order.
+
+use std::{
+    collections::{BTreeMap, HashMap, HashSet},
+    fmt,
+    sync::Arc,
+    time::{Duration, Instant, SystemTime},
+};
+
+use chrono::{DateTime, SecondsFormat, Utc};
+use serde::Serialize;
+use tokio::{
+    sync::watch,
+    task::{Id, JoinSet},
+    time::MissedTickBehavior,
+};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+
+use crate::{
+    close::{CloseOrder, order},
+    config::{Config, SttConfig},
+    domain::{CloseReason, backoff},
+    journal::{Journal, Orphan, Over, Recovered},
+    ledger::{Counts, Ledger, Settled, unix_ms},
+    registry::{OpenStream, Registry},
+    reports::Webhook,
+    room::{
+        api::{ApiError, ListedRoom, RoomApi},
+        departure,
+        selection::{RoomSelection, Selection},
+        supervisor::{self, Ended, RoomContext, RoomEnd, Terms, ToRoom},
+    },
+    session::{Context, Settings, Stt},
+    store::Store,
+    stt::{
+        connect::Provider,
+        gate::{Gate, Limits},
+    },
+    transcripts::Sinks,
+};
+
+/// Joining a room again after its connection failed.
+const REJOIN_FIRST: Duration = Duration::from_millis(500);
+const REJOIN_MOST: Duration = Duration::from_secs(30);
+/// A room that is over may be listed for so long.
+const LIST_LAG: Duration = Duration::from_secs(10);
+/// A connection that lasted so long was a good one: the next failure is a first one.
+const GOOD_CONNECTION: Duration = Duration::from_secs(60);
+/// While closing: how often it is said what is still open.
+const PROGRESS_EVERY: Duration = Duration::from_secs(1);
+/// The part of the deadline after which streams are closed past their sessions: a session that
+/// has not done it by then is stuck.
+const PAST_OWNERS_AFTER: f64 = 0.2;
+/// What streams are given when the daemon's root task has failed.
+const AFTER_DEFECT: Duration = Duration::from_secs(5);
+/// After the deadline: what sockets and tasks need to be gone once their streams are settled.
+const SETTLING: Duration = Duration::from_millis(500);
+/// What the disk of journal and store is given for the last receipts: within the deadline, and beyond it.
+const LAST_RECEIPTS: Duration = Duration::from_secs(1);
+const LAST_RECEIPTS_BEYOND: Duration = Duration::from_millis(200);
+
+/// What the receiver of usage reports is given for the last ones, within the deadline; what it does
+/// not take by then is sent at the next start.
+const LAST_REPORTS: Duration = Duration::from_secs(2);
+
+/// A running daemon. Dropping it closes everything as [`Daemon::close`] would.
+pub struct Daemon {
+    config: watch::Sender<Arc<Config>>,
+    orders: watch::Sender<Option<CloseOrder>>,
+    registry: Registry,
+    started: Instant,
+    ready: watch::Receiver<bool>,
+    report: watch::Receiver<Option<Arc<Report>>>,
+}
+
+/// How far a daemon is, for those who tell others.
+pub struct Life {
+    /// LiveKit has accepted the credentials.
+    pub ready: watch::Receiver<bool>,
+    /// Set once it closes.
+    pub orders: watch::Receiver<Option<CloseOrder>>,
+}
+
+/// The account at the end: every stream, how it ended, and what is still open by whose count.
+#[derive(Debug, Clone, Serialize)]
+pub struct Report {
+    pub opened: u64,
+    pub acknowledged: u64,
+    /// Opened streams that ended otherwise.
+    pub other_outcomes: u64,
+    pub timed_out: u64,
+    pub peer_gone: u64,
+    /// Attempts that never became a stream.
+    pub never_opened: u64,
+    /// Opened streams that the shutdown closed, or that lost their owner, unacknowledged.
+    pub unacknowledged_at_the_end: u64,
+    /// By the registry.
+    pub open_now: usize,
+    /// By the kernel: sockets of this process to the provider. `None` where it doesn't tell.
+    pub kernel_sockets: Option<usize>,
+    pub seconds: f64,
+    pub still_open: Vec<OpenStream>,
+    /// The last receipts, oldest first.
+    pub receipts: Vec<Arc<Settled>>,
+    /// Streams that an earlier run left open, since it was killed.
+    pub orphaned: Vec<Orphan>,
+    /// Streams that were opened without being in the journal, since its disk failed.
+    pub unjournaled: u64,
+    /// Why the daemon ended, if not because it was told to.
+    pub failure: Option<Failure>,
+}
+
+/// Why a daemon ended that nobody told to.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Failure {
+    /// LiveKit refused the credentials at the start.
+    Credentials(String),
+    /// A task that everything depends on panicked.
+    Defect(String),
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Credentials(said) => f.write_str(said),
+            Self::Defect(said) => write!(f, "a defect in roomwarden: {said}"),
+        }
+    }
+}
+
+impl Report {
+    /// Nothing is open, by any count, and every stream has its receipt.
+    pub fn nothing_left(&self) -> bool {
+        // Where the kernel can tell, not knowing is no proof.
+        let kernel = match self.kernel_sockets {
+            Some(held) => held == 0,
+            None => !cfg!(target_os = "linux"),
+        };
+        self.open_now == 0 && kernel && self.opened == self.acknowledged + self.other_outcomes
+    }
+}
+
+impl Daemon {
+    /// Starts on the current tokio runtime, without a journal and a store.
+    pub fn start(config: Config, sinks: Sinks) -> Self {
+        Self::start_with(config, sinks, None, None)
+    }
+
+    /// As [`Daemon::start`]; what the journal says of an earlier run is reported and settled, and
+    /// goes to the store, which was opened with that journal.
+    pub fn start_with(
+        config: Config,
+        sinks: Sinks,
+        journal: Option<Recovered>,
+        store: Option<Store>,
+    ) -> Self {
+        departure::install();
+        let registry = registry(&config, journal, store);
+        let (orders, ordered) = watch::channel(None);
+        let (reporter, report) = watch::channel(None);
+        let (started_well, ready) = watch::channel(false);
+        let (config, configured) = watch::channel(Arc::new(config));
+        let root = Root::new(configured.borrow().clone(), sinks, registry.clone());
+        let (books, started) = (registry.clone(), Instant::now());
+        // The root of the tree has no parent to register with; its end is the report. It is a task
+        // within a task, so that a panic of it ends in a report as well.
+        #[allow(
+            clippy::disallowed_methods,
+            reason = "the root of the tree has no parent; its end is the report"
+        )]
+        tokio::spawn(async move {
+            let report = match tokio::spawn(root.run(configured, ordered, started_well)).await {
+                Ok(report) => report,
+                Err(error) => after_defect(&books, started, &error.to_string()).await,
+            };
+            reporter.send_replace(Some(Arc::new(report)));
+        });
+        Self {
+            config,
+            orders,
+            registry,
+            started,
+            ready,
+            report,
+        }
+    }
+
+    /// As it is now.
+    pub fn config(&self) -> Arc<Config> {
+        self.config.borrow().clone()
+    }
+
+    /// Takes another configuration, for what is begun from now on: see [`Config::keep_fixed`] for
+    /// what it can't change. Streams that are open stay as they are, but for those of rooms and
+    /// participants that are no longer selected.
+    pub fn reconfigure(&self, config: Config) {
+        self.config.send_replace(Arc::new(config));
+    }
+
+    pub fn life(&self) -> Life {
+        Life {
+            ready: self.ready.clone(),
+            orders: self.orders.subscribe(),
+        }
+    }
+
+    pub fn registry(&self) -> &Registry {
+        &self.registry
+    }
+
+    /// Orders the close of everything and returns at once. Again: a stronger order, an earlier
+    /// deadline.
+    pub fn close(&self, new: &CloseOrder) {
+        order(&self.orders, new);
+    }
+
+    /// As [`Daemon::close`], and past everyone who may be stuck: every stream itself is ordered.
+    pub fn hurry(&self, new: &CloseOrder) {
+        self.registry.seal();
+        self.close(new);
+        self.registry.close_all(new);
+    }
+
+    /// The final report, once everything is closed. Cancel safe.
+    pub async fn closed(&self) -> Arc<Report> {
+        let mut report = self.report.clone();
+        let done = report
+            .wait_for(Option::is_some)
+            .await
+            .ok()
+            .and_then(|report| report.clone());
+        done.unwrap_or_else(|| self.account())
+    }
+
+    /// The account as it stands now.
+    pub fn account(&self) -> Arc<Report> {
+        Arc::new(account(&self.registry, self.started, None))
+    }
+}
+
+/// The books of a daemon, opened with what is left of those before.
+fn registry(config: &Config, journal: Option<Recovered>, store: Option<Store>) -> Registry {
+    let ledger = Ledger::with_store(store);
+    let Some(Recovered {
+        journal,
+        left_open,
+        over,
+    }) = journal
+    else {
+        return Registry::new(ledger);
+    };
+    // The process that had them is gone, so that from now on, at the latest, the provider hears
+    // nothing of them. Most often the kernel has told it at once; a power loss tells nothing.
+    let free_by = SystemTime::now() + Duration::from_millis(config.stt.provider_idle_ms);
+    let free_by_ms = unix_ms(free_by);
+    let free_by = rfc3339(free_by_ms);
+    let orphan = |(run, stream)| Orphan {
+        run,
+        stream,
+        free_by_ms,
+    };
+    let orphans: Vec<Orphan> = left_open.into_iter().map(orphan).collect();
+    for Orphan { stream, .. } in &orphans {
+        let OpenStream { id, key, .. } = stream;
+        let request = stream.request_id.as_deref().unwrap_or("-");
+        let opened = rfc3339(stream.opened_at_ms);
+        tracing::warn!(
+            %id, room = key.room, participant = key.participant, track = key.track, request,
+            state = ?stream.state, opened,
+            "an earlier run was killed with this stream open; the provider lets go of it by \
+             {free_by} at the latest"
+        );
+    }
+    journal.settle_orphans(&orphans);
+    if let Some(store) = ledger.store() {
+        store.carry_over(over);
+        store.carry_over(orphans.iter().cloned().map(Over::Orphaned));
+    }
+    tracing::info!(journal = %journal.path().display(), orphaned = orphans.len(), "journal opened");
+    Registry::with_journal(ledger, Some(journal), orphans)
+}
+
+fn rfc3339(unix_ms: u64) -> String {
+    let time = SystemTime::UNIX_EPOCH + Duration::from_millis(unix_ms);
+    DateTime::<Utc>::from(time).to_rfc3339_opts(SecondsFormat::Millis, true)
+}
+
+/// The last receipts are on disk before the daemon says that it is done, or it says that they are
+/// not.
+async fn flush_books(registry: &Registry, until: Instant) {
+    let now = Instant::now();
+    let until = until.clamp(now + LAST_RECEIPTS_BEYOND, now + LAST_RECEIPTS);
+    let journal = async {
+        let Some(journal) = registry.journal() else {
+            return;
+        };
+        if tokio::time::timeout_at(until.into(), journal.flushed()).await != Ok(true) {
+            tracing::error!(
+                "the last receipts are not in the journal: the next start may name streams that \
+                 are closed"
+            );
+        }
+    };
+    let store = async {
+        let Some(store) = registry.ledger().store() else {
+            return;
+        };
+        if tokio::time::timeout_at(until.into(), store.flushed()).await != Ok(true) {
+            tracing::error!(
+                "the last receipts are not in the ledger: the next start takes them from the journal"
+            );
+        }
+    };
+    tokio::join!(journal, store);
+}
+
+/// The root task itself has failed: its rooms and sessions are gone, and their streams are closing
+/// by themselves; wait for them.
+async fn after_defect(registry: &Registry, started: Instant, said: &str) -> Report {
+    tracing::error!(
+        said,
+        "the daemon's root task failed by a defect; closing every stream"
+    );
+    let deadline = Instant::now() + AFTER_DEFECT;
+    registry.seal();
+    registry.close_all(&CloseOrder {
+        reason: CloseReason::OwnerLost,
+        deadline,
+    });
+    // What is left then is in the report.
+    let _ = tokio::time::timeout_at((deadline + SETTLING).into(), registry.drained()).await;
+    flush_books(registry, deadline + SETTLING).await;
+    account(registry, started, Some(Failure::Defect(said.to_owned())))
+}
+
+fn account(registry: &Registry, started: Instant, failure: Option<Failure>) -> Report {
+    let counts = registry.ledger().counts();
+    let Counts {
+        opened,
+        acknowledged,
+        timed_out,
+        peer_gone,
+        never_opened,
+        unacknowledged_at_the_end,
+    } = counts;
+    Report {
+        opened,
+        acknowledged,
+        other_outcomes: counts.other_outcomes(),
+        timed_out,
+        peer_gone,
+        never_opened,
+        unacknowledged_at_the_end,
+        open_now: registry.open_now(),
+        kernel_sockets: registry.kernel_sockets(),
+        seconds: started.elapsed().as_secs_f64(),
+        still_open: registry.open(),
+        receipts: registry.ledger().receipts(),
+        orphaned: registry.orphans().to_vec(),
+        unjournaled: registry.journal().map_or(0, Journal::missed),
+        failure,
+    }
+}
+
+struct Root {
+    config: Arc<Config>,
+    sinks: Sinks,
+    registry: Registry,
+    stt: watch::Sender<Arc<Stt>>,
+    terms: watch::Sender<Arc<Terms>>,
+    selection: RoomSelection,
+    room_context: Arc<RoomContext>,
+    rooms: JoinSet<Ended>,
+    running: HashMap<Id, Running>,
+    /// Delivers usage reports, if they are wanted; it ends with this once it is told.
+    reporter: JoinSet<()>,
+    last_reports: CancellationToken,
+    /// Rooms that ended or were not joined, by name.
+    past: HashMap<String, Past>,
+    started: Instant,
+}
+
+struct Running {
+    name: String,
+    /// As it was listed, if it was.
+    sid: Option<String>,
+    joined: Instant,
+    orders: watch::Sender<Option<CloseOrder>>,
+}
+
+/// What became of a room when we were in it last, or wanted to be.
+struct Past {
+    /// Its SID, if it had one: another room of that name starts anew.
+    sid: Option<String>,
+    /// When to try again; never, if we were put out.
+    again: Option<Instant>,
+    failures: u32,
+    /// Of [`Ended`].
+    tried: HashSet<String>,
+}
+
+impl Past {
+    /// Whether it is about the room that is listed with this SID, or not listed.
+    fn is_of(&self, listed: Option<&str>) -> bool {
+        match (self.sid.as_deref(), listed) {
+            (Some(past), Some(listed)) => past == listed,
+            (None, Some(_)) => false,
+            // The room that we were put out of is over.
+            (_, None) => self.again.is_some(),
+        }
+    }
+
+    fn allows(&self, now: Instant) -> bool {
+        self.again.is_some_and(|at| at <= now)
+    }
+}
+
+fn stt(config: &SttConfig, gate: Gate) -> Arc<Stt> {
+    Arc::new(Stt::new(Provider::new(config), Settings::new(config), gate))
+}
+
+/// The gate before the provider, which may still count what an earlier run left open.
+fn gate(config: &SttConfig, registry: &Registry) -> Gate {
+    let gate = Gate::new(Limits::new(config));
+    let left = |orphan: &Orphan| {
+        let left = orphan.free_by_ms.saturating_sub(unix_ms(SystemTime::now()));
+        Instant::now() + Duration::from_millis(left)
+    };
+    gate.quarantine(registry.orphans().iter().map(left));
+    gate
+}
+
+fn terms(config: &Config) -> Arc<Terms> {
+    let every = Duration::from_millis(config.rooms.reconcile_interval_ms);
+    Arc::new(Terms {
+        selection: Selection::new(&config.participants),
+        reconcile_every: Some(every).filter(|every| !every.is_zero()),
+    })
+}
+
+impl Root {
+    fn new(config: Arc<Config>, sinks: Sinks, registry: Registry) -> Self {
+        let (terms, current_terms) = watch::channel(terms(&config));
+        let room_context = RoomContext {
+            api: Arc::new(RoomApi::new(&config.livekit)),
+            url: config.livekit.url.to_string(),
+            identity: config.rooms.identity.clone(),
+            hidden: config.rooms.hidden,
+            owned: TaskTracker::new(),
+            terms: current_terms,
+            transcripts: ToRoom {
+                text: config.transcripts.room,
+                packets: config.transcripts.room_packet,
+            },
+        };
+        Self {
+            stt: watch::channel(stt(&config.stt, gate(&config.stt, &registry))).0,
+            terms,
+            selection: RoomSelection::new(&config.rooms),
+            room_context: Arc::new(room_context),
+            config,
+            sinks,
+            registry,
+            rooms: JoinSet::new(),
+            running: HashMap::new(),
+            reporter: JoinSet::new(),
+            last_reports: CancellationToken::new(),
+            past: HashMap::new(),
+            started: Instant::now(),
+        }
+    }
+
+    async fn run(
+        mut self,
+        mut configs: watch::Receiver<Arc<Config>>,
+        mut orders: watch::Receiver<Option<CloseOrder>>,
+        ready: watch::Sender<bool>,
+    ) -> Report {
+        if let Some(store) = self.registry.ledger().store()
+            && let Some(webhook) = Webhook::new(&self.config)
+        {
+            let delivering = webhook.deliver(store.clone(), self.last_reports.clone());
+            self.reporter.spawn(delivering);
+        }
+        let mut poll = Poll::new(self.room_context.api.clone());
+        poll.ask_for(&self.selection, &self.config);
+        let (first, failure) = loop {
+            tokio::select! {
+                biased;
+                new = orders.wait_for(Option::is_some) => {
+                    let new = new.ok().and_then(|new| new.clone());
+                    break (new.unwrap_or_else(|| CloseOrder {
+                        reason: CloseReason::OwnerLost,
+                        deadline: self.deadline(),
+                    }), None);
+                }
+                Ok(()) = configs.changed() => {
+                    let config = configs.borrow_and_update().clone();
+                    self.reconfigure(config);
+                    poll.ask_for(&self.selection, &self.config);
+                }
+                Some(ended) = self.rooms.join_next_with_id(), if !self.rooms.is_empty() => {
+                    if let Some(again) = self.room_ended(ended) {
+                        poll.sooner(again);
+                    }
+                }
+                listed = poll.next() => match listed {
+                    Ok(rooms) => {
+                        ready.send_replace(true);
+                        self.reconcile(rooms.as_deref());
+                    }
+                    Err(fatal) => {
+                        let reason = CloseReason::Shutdown("cannot start".into());
+                        let new = CloseOrder { reason, deadline: self.deadline() };
+                        break (new, Some(Failure::Credentials(fatal.to_string())));
+                    }
+                },
+            }
+        };
+        drop(poll);
+        self.close(first, orders).await;
+        account(&self.registry, self.started, failure)
+    }
+
+    fn deadline(&self) -> Instant {
+        Instant::now() + Duration::from_millis(self.config.shutdown.deadline_ms)
+    }
+
+    /// Rooms follow it with their next review, streams when they are opened; rooms that are no
+    /// longer wanted are closed, and the next poll joins those that are now.
+    fn reconfigure(&mut self, config: Arc<Config>) {
+        let gate = self.stt.borrow().gate.clone();
+        gate.renew(Limits::new(&config.stt));
+        self.stt.send_replace(stt(&config.stt, gate));
+        self.terms.send_replace(terms(&config));
+        self.selection = RoomSelection::new(&config.rooms);
+        let grace = Duration::from_millis(config.stt.close_grace_ms);
+        let new = CloseOrder {
+            reason: CloseReason::Deselected,
+            deadline: Instant::now() + grace,
+        };
+        for running in self.running.values() {
+            if !self.selection.fits(&running.name) {
+                order(&running.orders, &new);
+            }
+        }
+        self.config = config;
+    }
+
+    /// Joins what there is and what is to be there always, unless we are in it. Without a list of
+    /// what the server has, only the latter.
+    fn reconcile(&mut self, listed: Option<&[ListedRoom]>) {
+        let now = Instant::now();
+        let always = self.selection.always.iter();
+        let mut wanted: BTreeMap<&str, Option<&str>> =
+            always.map(|name| (name.as_str(), None)).collect();
+        if let Some(listed) = listed {
+            let found = listed.iter().filter(|room| self.selection.fits(&room.name));
+            wanted.extend(found.map(|room| (room.name.as_str(), Some(room.sid.as_str()))));
+            self.past.retain(|name, past| {
+                let sid = wanted.get(name.as_str());
+                sid.is_some_and(|sid| past.is_of(*sid))
+            });
+        }
+        let running: HashSet<&str> = self.running.values().map(|r| r.name.as_str()).collect();
+        let joined: Vec<(String, Option<String>)> = wanted
+            .into_iter()
+            .filter(|(name, _)| !running.contains(name))
+            .filter(|(name, _)| self.past.get(*name).is_none_or(|past| past.allows(now)))
+            .map(|(name, sid)| (name.to_owned(), sid.map(str::to_owned)))
+            .collect();
+        for (name, sid) in joined {
+            self.join(name, sid);
+        }
+    }
+
+    fn join(&mut self, name: String, sid: Option<String>) {
+        let (orders, ordered) = watch::channel(None);
+        let context = Context {
+            room: name.clone(),
+            registry: self.registry.clone(),
+            stt: self.stt.subscribe(),
+            sinks: self.sinks.clone(),
+            to_room: None,
+        };
+        let tried = self.past.get(&name).map(|past| past.tried.clone());
+        let tried = tried.unwrap_or_default();
+        let life = supervisor::supervise(self.room_context.clone(), context, tried, ordered);
+        let id = self.rooms.spawn(life).id();
+        let running = Running {
+            name,
+            sid,
+            joined: Instant::now(),
+            orders,
+        };
+        self.running.insert(id, running);
+    }
+
+    /// When the room is to be tried again, if that is known.
+    fn room_ended(
+        &mut self,
+        ended: Result<(Id, Ended), tokio::task::JoinError>,
+    ) -> Option<Instant> {
+        let (id, ended) = match ended {
+            Ok((id, ended)) => (id, Ok(ended)),
+            Err(error) => (error.id(), Err(error.to_string())),
+        };
+        let running = self.running.remove(&id)?;
+        let (how, sid, tried) = match ended {
+            Ok(Ended { how, sid, tried }) => (how, sid, tried),
+            Err(error) => {
+                let how = RoomEnd::Failed(format!("a defect: {error}"));
+                (how, None, HashSet::new())
+            }
+        };
+        let order = running.orders.borrow().clone();
+        let deselected = order.is_some_and(|order| order.reason == CloseReason::Deselected);
+        let name = running.name;
+        let sid = sid.or(running.sid);
+        let now = Instant::now();
+        let (again, failures) = match how {
+            // It lives, and may be selected again.
+            RoomEnd::Closed if deselected => (Some(now), 0),
+            // A list that was on its way, or lags, may still have it, and joining would make it
+            // anew; one that is listed for longer lives.
+            RoomEnd::Closed => (Some(now + LIST_LAG), 0),
+            RoomEnd::Stale => (Some(now), 0),
+            RoomEnd::PutOut(why) => {
+                tracing::error!(
+                    room = name,
+                    why,
+                    "put out of the room: staying out of it. If that is a duplicate identity, \
+                     somebody else uses the same rooms.identity"
+                );
+                (None, 0)
+            }
+            RoomEnd::Failed(why) => {
+                // A connection that lasted starts the count anew.
+                let earlier = self.past.get(&name).map_or(0, |past| past.failures);
+                let lasted = running.joined.elapsed() >= GOOD_CONNECTION;
+                let failures = if lasted { 0 } else { earlier };
+                let delay = backoff(failures, REJOIN_FIRST, REJOIN_MOST, fastrand::f64());
+                tracing::error!(
+                    room = name,
+                    why,
+                    ?delay,
+                    "room connection failed; will join again"
+                );
+                (Some(now + delay), failures + 1)
+            }
+        };
+        let past = Past {
+            sid,
+            again,
+            failures,
+            tried,
+        };
+        self.past.insert(name, past);
+        again
+    }
+
+    /// The close path of the daemon: no new streams; all rooms at once, each in its own order;
+    /// streams whose session is stuck, past it; then wait until the sockets themselves are gone.
+    async fn close(&mut self, first: CloseOrder, mut orders: watch::Receiver<Option<CloseOrder>>) {
+        tracing::info!(reason = %first.reason, streams = self.registry.open_now(),
+            rooms = self.running.len(), "closing");
+        self.registry.seal();
+        let begun = Instant::now();
+        let mut current = first;
+        let mut owner_there = true;
+        let mut past_owners = false;
+        let mut progress = tokio::time::interval(PROGRESS_EVERY);
+        progress.set_missed_tick_behavior(MissedTickBehavior::Skip);
+        progress.tick().await;
+        loop {
+            for running in self.running.values() {
+                order(&running.orders, &current);
+            }
+            if past_owners {
+                self.registry.close_all(&current);
+            }
+            let whole = current.deadline.saturating_duration_since(begun);
+            let past_owners_at = begun + whole.mul_f64(PAST_OWNERS_AFTER);
+            tokio::select! {
+                ended = self.rooms.join_next_with_id() => match ended {
+                    Some(ended) => drop(self.room_ended(ended)),
+                    None => break,
+                },
+                changed = orders.changed(), if owner_there => match changed {
+                    Ok(()) => if let Some(new) = orders.borrow_and_update().as_ref() {
+                        current.merge(new);
+                    },
+                    Err(_) => owner_there = false,
+                },
+                () = tokio::time::sleep_until(past_owners_at.into()), if !past_owners => {
+                    past_owners = true;
+                }
+                _ = progress.tick() => self.say_who_is_open(),
+                () = tokio::time::sleep_until((current.deadline + SETTLING).into()) => {
+                    tracing::error!("rooms hang: abandoned");
+                    // Not awaited: a task that blocks its thread never ends.
+                    #[allow(clippy::disallowed_methods, reason = "rooms that hang past the deadline: their streams are closed by the registry")]
+                    self.rooms.abort_all();
+                    break;
+                }
+            }
+        }
+        self.registry.close_all(&current);
+        let until = current.deadline + SETTLING;
+        self.room_context.owned.close();
+        let gone = async {
+            self.registry.drained().await;
+            self.room_context.owned.wait().await;
+        };
+        if tokio::time::timeout_at(until.into(), gone).await.is_err() {
+            self.say_who_is_open();
+        }
+        flush_books(&self.registry, until).await;
+        self.last_reports.cancel();
+        let until = until.min(Instant::now() + LAST_REPORTS);
+        let delivered = async { while self.reporter.join_next().await.is_some() {} };
+        if tokio::time::timeout_at(until.into(), delivered)
+            .await
+            .is_err()
+        {
+            tracing::warn!("usage reports are left for the next start");
+        }
+        // Else what was taken just now is sent once more.
+        if let Some(store) = self.registry.ledger().store() {
+            let _ = tokio::time::timeout_at(until.into(), store.flushed()).await;
+        }
+    }
+
+    fn say_who_is_open(&self) {
+        for stream in self.registry.open() {
+            tracing::warn!(id = %stream.id, key = %stream.key, state = ?stream.state, "still open");
+        }
+    }
+}
+
+/// Asks for the rooms there are, over and over.
+struct Poll {
+    api: Arc<RoomApi>,
+    /// Which rooms to ask for: empty for all of them. `None` to never ask.
+    names: Option<Vec<String>>,
+    every: Duration,
+    next_at: Instant,
+    failures: u32,
+    /// Once it has worked, credentials that fail are the server's passing trouble.
+    worked: bool,
+}
+
+impl Poll {
+    fn new(api: Arc<RoomApi>) -> Self {
+        Self {
+            api,
+            names: None,
+            every: Duration::MAX,
+            next_at: Instant::now(),
+            failures: 0,
+            worked: false,
+        }
+    }
+
+    /// From now on, and at once.
+    fn ask_for(&mut self, selection: &RoomSelection, config: &Config) {
+        self.names = selection.asked_for().map(<[String]>::to_vec);
+        if self.names.is_none() {
+            tracing::warn!("no room is ever joined: rooms.discover is off and rooms.join is empty");
+        }
+        self.every = Duration::from_millis(config.rooms.poll_interval_ms);
+        self.next_at = Instant::now();
+    }
+
+    /// Asks by then.
+    fn sooner(&mut self, at: Instant) {
+        self.next_at = self.next_at.min(at);
+    }
+
+    /// The next list of rooms; none if the server did not say. Cancel safe.
+    ///
+    /// # Errors
+    /// Only when the server refuses the credentials from the start; other trouble is logged and
+    /// tried again.
+    async fn next(&mut self) -> Result<Option<Vec<ListedRoom>>, ApiError> {
+        let Some(names) = &self.names else {
+            return std::future::pending().await;
+        };
+        tokio::time::sleep_until(self.next_at.into()).await;
+        match self.api.list_rooms(names).await {
+            Ok(rooms) => {
+                if self.failures > 0 {
+                    tracing::info!("LiveKit answers again");
+                }
+                (self.failures, self.worked) = (0, true);
+                self.next_at = Instant::now() + self.every;
+                Ok(Some(rooms))
+            }
+            Err(error @ ApiError::Credentials { .. }) if !self.worked => Err(error),
+            Err(error) => {
+                let most = REJOIN_MOST.max(self.every);
+                let delay = backoff(self.failures, self.every, most, fastrand::f64());
+                tracing::error!(%error, ?delay, "cannot list rooms; will try again");
+                self.failures += 1;
+                self.next_at = Instant::now() + delay;
+                Ok(None)
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+#[allow(
+    clippy::disallowed_methods,
+    reason = "tests do on purpose what is banned"
+)]
+mod tests {
+    use std::thread::{self, ThreadId};
+
+    use futures_util::StreamExt;
+    use tokio::sync::mpsc;
+    use tokio_tungstenite::accept_async;
+    use tracing::{Event, Level, subscriber};
+    use tracing_subscriber::{
+        Layer, Registry as Subscriber,
+        layer::{self, SubscriberExt},
+    };
+
+    use super::*;
+    use crate::{
+        domain::{Outcome, Phase, StreamKey},
+        stt::{
+            connect::{InMemory, Provider},
+            stream,
+        },
+    };
+
+    const DEADLINE: Duration = Duration::from_secs(5);
+    const LONG: Duration = Duration::from_secs(60);
+
+    fn without_rooms() -> Config {
+        let mut config = Config::for_tests();
+        config.rooms.discover = false;
+        config
+    }
+
+    fn key() -> StreamKey {
+        StreamKey {
+            room: "r".into(),
+            participant: "p".into(),
+            track: "t".into(),
+        }
+    }
+
+    fn shutdown() -> CloseOrder {
+        CloseOrder {
+            reason: CloseReason::Shutdown("test".into()),
+            deadline: Instant::now() + DEADLINE,
+        }
+    }
+
+    /// A daemon is ordered to close with a stream open that has lost its owner, is given [`LONG`] for
+    /// its own close, and whose provider does not answer; its report.
+    async fn closed_with_a_stream_of_nobody() -> Arc<Report> {
+        let (connect, mut connections) = mpsc::unbounded_channel();
+        let provider = Provider::in_memory(&Config::for_tests().stt, InMemory(connect));
+        let daemon = Daemon::start(without_rooms(), Sinks::default());
+        let stream = stream::open(daemon.registry(), Arc::new(provider), key(), LONG, None);
+        let connection = connections.recv().await.expect("a connection");
+        let mut deaf = accept_async(connection).await.expect("handshake");
+        drop(stream);
+        let asked = deaf.next().await.expect("a message").expect("read");
+        assert!(asked.to_text().expect("text").contains("CloseStream"));
+        let begun = tokio::time::Instant::now();
+        daemon.close(&shutdown());
+        let report = daemon.closed().await;
+        let took = begun.elapsed();
+        assert!(took < LONG / 2, "the stream's own time was waited for");
+        assert!(
+            daemon
+                .registry()
+                .permit(key(), Arc::default(), None)
+                .is_err(),
+            "sealed"
+        );
+        let [receipt] = &report.receipts[..] else {
+            panic!("after {took:?}: {report:#?}")
+        };
+        let phase = Phase::AwaitingAnswer;
+        assert_eq!(receipt.outcome, Outcome::TimedOut { phase });
+        assert!(report.nothing_left(), "{report:#?}");
+        report
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_stream_that_lost_its_owner_is_over_by_the_deadline_of_the_shutdown() {
+        let report = closed_with_a_stream_of_nobody().await;
+        assert_eq!(report.failure, None);
+    }
+
+    #[tokio::test]
+    async fn a_hurry_does_not_wait_for_the_root_to_hear_of_it() {
+        let daemon = Daemon::start(without_rooms(), Sinks::default());
+        daemon.hurry(&shutdown());
+        assert!(
+            daemon
+                .registry()
+                .permit(key(), Arc::default(), None)
+                .is_err(),
+            "sealed"
+        );
+        daemon.closed().await;
+    }
+
+    /// Panics on this thread where the daemon says that it is closing.
+    struct Defect(ThreadId);
+
+    impl<S: tracing::Subscriber> Layer<S> for Defect {
+        fn on_event(&self, event: &Event<'_>, _: layer::Context<'_, S>) {
+            let said = event.metadata();
+            let closing = module_path!().starts_with(said.target()) && *said.level() == Level::INFO;
+            let here = thread::current().id() == self.0;
+            assert!(!(here && closing), "a defect, on purpose");
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_root_that_panics_leaves_no_stream_open_and_the_report_says_so() {
+        // For all threads: which events are wanted is remembered for all of them.
+        let defect = Subscriber::default().with(Defect(thread::current().id()));
+        subscriber::set_global_default(defect).expect("no other test has one");
+        let report = closed_with_a_stream_of_nobody().await;
+        let failed =
+            matches!(&report.failure, Some(Failure::Defect(said)) if said.contains("on purpose"));
+        assert!(failed, "{:?}", report.failure);
+    }
+
+    fn past(sid: Option<&str>, again: Option<Instant>) -> Past {
+        Past {
+            sid: sid.map(str::to_owned),
+            again,
+            failures: 0,
+            tried: HashSet::new(),
+        }
+    }
+
+    #[test]
+    fn another_room_of_the_same_name_starts_anew() {
+        let now = Instant::now();
+        for again in [Some(now), None] {
+            assert!(past(Some("RM_1"), again).is_of(Some("RM_1")));
+            assert!(!past(Some("RM_1"), again).is_of(Some("RM_2")));
+            assert!(!past(None, again).is_of(Some("RM_1")), "there is one now");
+        }
+    }
+
+    #[test]
+    fn a_room_of_the_list_that_is_over_is_made_anew_after_a_pause_or_at_once_if_it_put_us_out() {
+        let later = Instant::now() + LIST_LAG;
+        let ended = past(Some("RM_1"), Some(later));
+        assert!(ended.is_of(None) && !ended.allows(Instant::now()) && ended.allows(later));
+        let out = past(Some("RM_1"), None);
+        assert!(!out.is_of(None) && !out.allows(later));
+    }
+}

@@ -1,0 +1,32 @@
+//! roomwarden joins LiveKit rooms, opens a speech-to-text stream for every participant, and proves
+//! that each stream it opened was closed. See ARCHITECTURE.md for how.
+
+pub mod audio;
+mod check;
+pub mod cli;
+pub mod close;
+pub mod config;
+pub mod daemon;
+#[cfg(feature = "rehearsal")]
+pub mod demo;
+pub mod domain;
+pub mod failure;
+pub mod journal;
+pub mod kernel;
+pub mod ledger;
+pub mod lines;
+#[cfg(test)]
+mod model;
+pub mod notify;
+mod quota;
+pub mod registry;
+pub mod reports;
+pub mod room;
+pub mod session;
+pub mod signals;
+pub mod store;
+pub mod stt;
+mod table;
+pub mod transcripts;
+mod usage;
+pub mod watchdog;

@@ -1,0 +1,492 @@
+//! The loan book of open streams. A stream is entered before its connection is attempted (the
+//! [`Permit`]) and leaves only against a receipt. The registry owns the tasks that own the
+//! sockets, and the reaper: what becomes of a socket whose task died.
+
+use std::{
+    collections::BTreeMap,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError, TryLockError,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::{Duration, Instant, SystemTime},
+};
+
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+use tokio::sync::watch;
+use tokio_util::task::TaskTracker;
+
+use crate::{
+    close::{CloseOrder, order},
+    domain::{CloseReason, Outcome, Service, StreamId, StreamKey, StreamTotals},
+    journal::{Journal, Orphan},
+    kernel::{KnownSockets, SocketId},
+    ledger::{CloseReceipt, Ledger, Settled, unix_ms},
+    stt::gate::Admission,
+};
+
+/// Cheap to clone; all clones are one registry.
+#[derive(Clone)]
+pub struct Registry(Arc<Inner>);
+
+struct Inner {
+    ledger: Ledger,
+    journal: Option<Journal>,
+    orphans: Vec<Orphan>,
+    tasks: TaskTracker,
+    last_id: AtomicU64,
+    book: Mutex<Book>,
+    open_now: watch::Sender<usize>,
+    /// An order to every stream there is or will be; reaches those whose owner is stuck.
+    for_all: watch::Sender<Option<CloseOrder>>,
+}
+
+#[derive(Default)]
+struct Book {
+    sealed: bool,
+    open: BTreeMap<StreamId, OpenStream>,
+    sockets: KnownSockets,
+}
+
+/// A stream on the books.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct OpenStream {
+    pub id: StreamId,
+    #[serde(flatten)]
+    pub key: StreamKey,
+    #[serde(flatten)]
+    pub service: Arc<Service>,
+    pub state: StreamState,
+    /// Unix time, in milliseconds.
+    pub opened_at_ms: u64,
+    /// The provider's id of the stream, once it is known.
+    pub request_id: Option<String>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum StreamState {
+    Opening,
+    Open,
+    Closing,
+}
+
+impl StreamState {
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Opening => "opening",
+            Self::Open => "open",
+            Self::Closing => "closing",
+        }
+    }
+}
+
+#[derive(Debug, Error, PartialEq, Eq)]
+#[error("no new streams: the daemon is closing")]
+pub struct Sealed;
+
+impl Registry {
+    /// Without a journal: nothing survives the process.
+    pub fn new(ledger: Ledger) -> Self {
+        Self::with_journal(ledger, None, Vec::new())
+    }
+
+    /// `orphans`: what an earlier run left open.
+    pub fn with_journal(ledger: Ledger, journal: Option<Journal>, orphans: Vec<Orphan>) -> Self {
+        Self(Arc::new(Inner {
+            ledger,
+            journal,
+            orphans,
+            tasks: TaskTracker::new(),
+            last_id: AtomicU64::new(0),
+            book: Mutex::default(),
+            open_now: watch::Sender::new(0),
+            for_all: watch::Sender::new(None),
+        }))
+    }
+
+    /// Enters a stream. To be called before anything is sent to the provider. The admission, if the
+    /// provider has a gate, is given back with the receipt.
+    pub fn permit(
+        &self,
+        key: StreamKey,
+        service: Arc<Service>,
+        admission: Option<Admission>,
+    ) -> Result<Permit, Sealed> {
+        let mut book = self.book();
+        if book.sealed {
+            return Err(Sealed);
+        }
+        let id = StreamId(self.0.last_id.fetch_add(1, Ordering::Relaxed) + 1);
+        let opened_at = SystemTime::now();
+        let opened_at_ms = unix_ms(opened_at);
+        let entry = OpenStream {
+            id,
+            key: key.clone(),
+            service: service.clone(),
+            state: StreamState::Opening,
+            opened_at_ms,
+            request_id: None,
+        };
+        book.open.insert(id, entry.clone());
+        self.0.open_now.send_replace(book.open.len());
+        drop(book);
+        let ticket = self.journal().map(|journal| journal.enter(&entry));
+        Ok(Permit {
+            ticket,
+            admission,
+            loan: Some(Loan {
+                id,
+                key,
+                service,
+                opened_at_ms,
+                since: Instant::now(),
+                connected_since: None,
+                closing_since: None,
+            }),
+            registry: self.clone(),
+        })
+    }
+
+    /// From now on [`Registry::permit`] refuses.
+    pub fn seal(&self) {
+        self.book().sealed = true;
+    }
+
+    pub fn ledger(&self) -> &Ledger {
+        &self.0.ledger
+    }
+
+    pub fn journal(&self) -> Option<&Journal> {
+        self.0.journal.as_ref()
+    }
+
+    /// What an earlier run left open, since it was killed.
+    pub fn orphans(&self) -> &[Orphan] {
+        &self.0.orphans
+    }
+
+    /// The tasks that own sockets. They end by themselves once their streams are settled.
+    pub(crate) fn tasks(&self) -> &TaskTracker {
+        &self.0.tasks
+    }
+
+    /// Orders every stream to close, past their owners: for those whose owner is stuck, and to
+    /// hurry. Streams that are being closed already keep the stronger order.
+    pub fn close_all(&self, new: &CloseOrder) {
+        order(&self.0.for_all, new);
+    }
+
+    pub(crate) fn orders_for_all(&self) -> watch::Receiver<Option<CloseOrder>> {
+        let mut orders = self.0.for_all.subscribe();
+        // An order given before the stream's permit is to be seen as new.
+        orders.mark_changed();
+        orders
+    }
+
+    pub fn open(&self) -> Vec<OpenStream> {
+        self.book().open.values().cloned().collect()
+    }
+
+    /// As [`Registry::open`], for a thread of its own that must not wait for a stuck one; `None` if
+    /// the book could not be had in time.
+    pub fn try_open(&self, limit: Duration) -> Option<Vec<OpenStream>> {
+        let until = Instant::now() + limit;
+        loop {
+            let book = match self.0.book.try_lock() {
+                Ok(book) => book,
+                Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+                Err(TryLockError::WouldBlock) if Instant::now() < until => {
+                    #[allow(
+                        clippy::disallowed_methods,
+                        reason = "for a thread that must not wait for a lock"
+                    )]
+                    std::thread::sleep(Duration::from_millis(1));
+                    continue;
+                }
+                Err(TryLockError::WouldBlock) => return None,
+            };
+            return Some(book.open.values().cloned().collect());
+        }
+    }
+
+    pub fn open_now(&self) -> usize {
+        *self.0.open_now.borrow()
+    }
+
+    /// Completes when no stream is on the books and no task owns a socket. Cancel safe. Sealing
+    /// first is the caller's business, else it may complete between two streams.
+    pub async fn drained(&self) {
+        // Cannot fail: the sender lives in self.
+        let _ = self
+            .0
+            .open_now
+            .subscribe()
+            .wait_for(|open| *open == 0)
+            .await;
+        self.0.tasks.close();
+        self.0.tasks.wait().await;
+        self.0.tasks.reopen();
+    }
+
+    /// Sockets to the provider that the kernel says this process holds; `None` where the system
+    /// doesn't tell.
+    pub fn kernel_sockets(&self) -> Option<usize> {
+        self.book().sockets.held()
+    }
+
+    fn book(&self) -> MutexGuard<'_, Book> {
+        // A panic elsewhere leaves the book as consistent as it was.
+        self.0.book.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Enters what changed of an open stream.
+    fn update(&self, id: StreamId, change: impl FnOnce(&mut OpenStream)) {
+        let mut book = self.book();
+        let Some(entry) = book.open.get_mut(&id) else {
+            return;
+        };
+        change(entry);
+        let entry = entry.clone();
+        drop(book);
+        if let Some(journal) = self.journal() {
+            journal.update(&entry);
+        }
+    }
+
+    fn remove(&self, id: StreamId) {
+        let mut book = self.book();
+        book.open.remove(&id);
+        self.0.open_now.send_replace(book.open.len());
+    }
+}
+
+/// Leave to open one stream. Consumed by [`Permit::settle`]; dropping it otherwise is a defect,
+/// which panics in debug builds and is settled as `PeerGone` in release.
+#[must_use = "a permit that is dropped is a stream nobody accounts for"]
+pub struct Permit {
+    loan: Option<Loan>,
+    /// For what the journal was told.
+    ticket: Option<u64>,
+    admission: Option<Admission>,
+    registry: Registry,
+}
+
+struct Loan {
+    id: StreamId,
+    key: StreamKey,
+    service: Arc<Service>,
+    opened_at_ms: u64,
+    since: Instant,
+    connected_since: Option<Instant>,
+    closing_since: Option<Instant>,
+}
+
+impl Permit {
+    pub fn id(&self) -> StreamId {
+        self.loan.as_ref().map_or(StreamId(0), |loan| loan.id)
+    }
+
+    /// A connection to the provider exists, for the kernel's count.
+    pub fn connected(&self, socket: SocketId) {
+        self.registry.book().sockets.add(socket);
+    }
+
+    /// Waits, for a short while at most, until the stream would be named after a crash. To be
+    /// awaited before anything is asked of the provider. Cancel safe.
+    pub async fn journaled(&self) {
+        if let (Some(journal), Some(ticket)) = (self.registry.journal(), self.ticket) {
+            // If not, the journal has said so and counted it: a stream is worth more.
+            let _ = journal.durable(ticket).await;
+        }
+    }
+
+    /// The handshake is complete.
+    pub fn opened(&mut self) {
+        if let Some(loan) = &mut self.loan {
+            loan.connected_since = Some(Instant::now());
+        }
+        if let Some(admission) = &mut self.admission {
+            admission.connected();
+        }
+        self.registry
+            .update(self.id(), |entry| entry.state = StreamState::Open);
+    }
+
+    /// The provider has told its id of the stream.
+    pub fn named(&self, request_id: &str) {
+        self.registry.update(self.id(), |entry| {
+            entry.request_id = Some(request_id.to_owned());
+        });
+    }
+
+    /// The close has begun; counts from the first call.
+    pub fn closing(&mut self) {
+        if let Some(loan) = &mut self.loan
+            && loan.closing_since.is_none()
+        {
+            loan.closing_since = Some(Instant::now());
+            let id = loan.id;
+            self.registry
+                .update(id, |entry| entry.state = StreamState::Closing);
+        }
+    }
+
+    /// The stream is over: makes the receipt, settles it and takes the stream off the books.
+    pub fn settle(
+        mut self,
+        outcome: Outcome,
+        reason: CloseReason,
+        totals: StreamTotals,
+    ) -> Arc<Settled> {
+        let loan = self.loan.take().expect("taken only here and in drop");
+        self.settle_loan(loan, outcome, reason, totals)
+    }
+
+    fn settle_loan(
+        &mut self,
+        loan: Loan,
+        outcome: Outcome,
+        reason: CloseReason,
+        totals: StreamTotals,
+    ) -> Arc<Settled> {
+        let id = loan.id;
+        let seconds = |since: Option<Instant>| since.map_or(0.0, |at| at.elapsed().as_secs_f64());
+        let settled = Settled {
+            id,
+            key: loan.key,
+            service: loan.service,
+            outcome,
+            reason,
+            totals,
+            opened_at_ms: loan.opened_at_ms,
+            settled_at_ms: unix_ms(SystemTime::now()),
+            wall_seconds: loan.since.elapsed().as_secs_f64(),
+            connection_seconds: seconds(loan.connected_since),
+            close_seconds: seconds(loan.closing_since),
+        };
+        // Before the store has it, which tells the journal to forget it.
+        if let Some(journal) = self.registry.journal() {
+            journal.settle(&settled);
+        }
+        let settled = self.registry.0.ledger.settle(CloseReceipt::new(settled));
+        self.registry.remove(id);
+        if let Some(admission) = self.admission.take() {
+            admission.over(&settled.outcome);
+        }
+        settled
+    }
+}
+
+impl Drop for Permit {
+    fn drop(&mut self) {
+        let Some(loan) = self.loan.take() else {
+            return;
+        };
+        let id = loan.id;
+        let detail = "its task ended without closing it".to_owned();
+        let outcome = Outcome::PeerGone {
+            detail,
+            failure: None,
+        };
+        self.settle_loan(
+            loan,
+            outcome,
+            CloseReason::OwnerLost,
+            StreamTotals::default(),
+        );
+        // Panicking while unwinding would abort the process.
+        debug_assert!(
+            std::thread::panicking(),
+            "stream {id} was dropped without a receipt"
+        );
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::panic::{AssertUnwindSafe, catch_unwind};
+
+    use futures_util::FutureExt;
+
+    use super::*;
+
+    fn permit(registry: &Registry) -> Permit {
+        let key = StreamKey {
+            room: "r".into(),
+            participant: "p".into(),
+            track: "t".into(),
+        };
+        registry.permit(key, Arc::default(), None).expect("permit")
+    }
+
+    fn settle(permit: Permit) {
+        let totals = StreamTotals::default();
+        permit.settle(Outcome::Acknowledged, CloseReason::TrackEnded, totals);
+    }
+
+    #[test]
+    fn a_book_that_a_stuck_thread_holds_is_not_waited_for() {
+        let registry = Registry::new(Ledger::default());
+        let permit = permit(&registry);
+        let limit = Duration::from_millis(5);
+        let held = registry.book();
+        let found = std::thread::scope(|scope| {
+            let other = scope.spawn(|| registry.try_open(limit));
+            other.join().expect("no panic")
+        });
+        assert_eq!(found, None);
+        drop(held);
+        let found = registry.try_open(limit).expect("free");
+        assert_eq!((found.len(), found[0].id), (1, permit.id()));
+        settle(permit);
+    }
+
+    #[tokio::test]
+    async fn drained_is_when_neither_a_stream_nor_a_task_is_left() {
+        let registry = Registry::new(Ledger::default());
+        assert_eq!(registry.drained().now_or_never(), Some(()));
+        let permit = permit(&registry);
+        assert_eq!(registry.drained().now_or_never(), None, "a stream is open");
+        settle(permit);
+        let (end, ended) = tokio::sync::oneshot::channel::<()>();
+        let task = registry.tasks().spawn(ended);
+        assert_eq!(registry.drained().now_or_never(), None, "a task is left");
+        drop(end);
+        let _ = task.await;
+        assert_eq!(registry.drained().now_or_never(), Some(()));
+    }
+
+    #[test]
+    fn a_permit_that_is_dropped_is_a_defect_and_has_its_receipt() {
+        let registry = Registry::new(Ledger::default());
+        let permit = permit(&registry);
+        let dropped = catch_unwind(AssertUnwindSafe(|| drop(permit)));
+        assert_eq!(dropped.is_err(), cfg!(debug_assertions));
+        let [receipt] = &registry.ledger().receipts()[..] else {
+            panic!("one receipt")
+        };
+        assert!(matches!(receipt.outcome, Outcome::PeerGone { .. }));
+        assert_eq!(receipt.reason, CloseReason::OwnerLost);
+        assert_eq!(registry.open_now(), 0);
+    }
+
+    #[test]
+    fn an_order_to_all_is_not_taken_back() {
+        let registry = Registry::new(Ledger::default());
+        let now = Instant::now();
+        let within = |seconds| CloseOrder {
+            reason: CloseReason::OwnerLost,
+            deadline: now + Duration::from_secs(seconds),
+        };
+        registry.close_all(&within(1));
+        registry.close_all(&within(2));
+        let mut orders = registry.orders_for_all();
+        assert!(
+            orders.has_changed().expect("there"),
+            "new to who comes later"
+        );
+        let order = orders.borrow_and_update().clone().expect("an order");
+        assert_eq!(order.deadline, within(1).deadline);
+    }
+}
