@@ -1,0 +1,207 @@
+//! An agent worker that nobody here wrote (PyPI `livekit-agents` with its Deepgram plugin) against
+//! the servers that stand in for LiveKit and Deepgram: if it can do its work there, they speak its
+//! protocols. How well it closes its stream is its own affair; that the stream ends is not.
+
+use std::{path::Path, process::ExitStatus, process::Stdio};
+
+use livekit::{Room, RoomOptions};
+use livekit_protocol::DisconnectReason;
+use rehearsal::room::{self, Answer};
+use serde_json::Value;
+use tokio::{
+    io::{BufReader, Lines},
+    process::{Child, ChildStdout, Command},
+};
+
+use crate::{
+    clients::token,
+    stage::{LIMIT, Stage, lines, send},
+};
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_genuine_agent_takes_a_job_transcribes_and_ends_with_the_speaker() {
+    let stage = Stage::new().await;
+    let mut agent = Agent::start(&stage, "ROOM");
+    // Automatic dispatch is at the creation of a room; who registers later gets nothing.
+    let registered = |w: &room::Witness| w.live_workers().count() == 1;
+    let witness = seen(&stage, "the worker registers", registered).await;
+    let worker = witness.workers[0].clone();
+    assert_eq!((worker.job_type, worker.json), ("JT_ROOM", false));
+
+    let speaker = stage.speaker("r", "ann").await;
+    stage.streaming(1).await;
+    let transcript = agent.says("transcript").await;
+    let text = transcript["text"].as_str().unwrap_or_default();
+    assert!(text.starts_with("speech "), "{transcript}");
+    let witness = stage.rooms.witness();
+    let job = witness.jobs_of("r").next().expect("a job").clone();
+    assert_eq!(job.worker.as_ref(), Some(&worker.id), "{job:#?}");
+    let asked: Vec<_> = job.asked.iter().map(|ask| ask.answer).collect();
+    assert_eq!(asked, [Some(Answer::Available)]);
+
+    speaker.leave().await;
+    // The agent leaves its room first, and the server ends the job for that; the worker's own
+    // report comes after it.
+    let ended = |w: &room::Witness| {
+        let job = w.job(&job.id).expect("the job");
+        let reported = job.updates.last().map(|update| update.status);
+        job.status.is_over() && reported == Some("JS_SUCCESS")
+    };
+    let witness = seen(&stage, "the job ends", ended).await;
+    assert_eq!(witness.jobs.len(), 1, "{:#?}", witness.jobs);
+    let room = witness.room("r").expect("the room");
+    let left = room.participant(&job.agent_identity).expect("the agent");
+    assert_eq!(left.kind, "AGENT");
+    assert_eq!(left.reason, Some(DisconnectReason::ClientInitiated));
+
+    let witness = stage
+        .witnessed("the agent's stream ends", |w| w.open_now == 0)
+        .await;
+    assert_eq!(witness.streams.len(), 1, "{:#?}", witness.streams);
+    let stream = &witness.streams[0];
+    assert!(stream.finals_sent > 0, "{stream:#?}");
+    println!(
+        "the agent's stream: {:.2} s of audio, CloseStream {}, Metadata {}, end {:?} by {:?}",
+        stream.audio_seconds,
+        stream.close_requested,
+        stream.metadata_sent,
+        stream.end,
+        stream.tcp_end
+    );
+
+    let status = agent.end().await;
+    assert!(status.success(), "{status}");
+    let gone = |w: &room::Witness| w.live_workers().count() == 0;
+    seen(&stage, "the worker's websocket closes", gone).await;
+    stage.end().await;
+}
+
+/// A job for each participant who publishes, whom alone its agent listens to.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_genuine_agent_takes_a_publishers_job_and_hears_that_publisher() {
+    let stage = Stage::new().await;
+    let mut agent = Agent::start(&stage, "PUBLISHER");
+    let registered = |w: &room::Witness| w.live_workers().count() == 1;
+    let witness = seen(&stage, "the worker registers", registered).await;
+    assert_eq!(witness.workers[0].job_type, "JT_PUBLISHER");
+
+    // Who only listens is none.
+    let token = token(&stage, "ear");
+    let (ear, _events) = Room::connect(&stage.rooms.url(), &token, RoomOptions::default())
+        .await
+        .expect("joins");
+    let ann = stage.speaker("r", "ann").await;
+    stage.streaming(1).await;
+    let transcript = agent.says("transcript").await;
+    let text = transcript["text"].as_str().unwrap_or_default();
+    assert!(text.starts_with("speech "), "{transcript}");
+    let witness = stage.rooms.witness();
+    let [job] = witness.jobs.as_slice() else {
+        panic!("one job, for ann: {:#?}", witness.jobs)
+    };
+    let about = (job.job_type, job.participant.as_deref());
+    assert_eq!(about, ("JT_PUBLISHER", Some("ann")));
+
+    ann.leave().await;
+    let over = |w: &room::Witness| w.job(&job.id).is_some_and(|job| job.status.is_over());
+    seen(&stage, "the job ends", over).await;
+    stage
+        .witnessed("the agent's stream ends", |w| w.open_now == 0)
+        .await;
+    ear.close().await.expect("closed");
+    let status = agent.end().await;
+    assert!(status.success(), "{status}");
+    stage.end().await;
+}
+
+/// Waits until the room server says that the condition holds.
+async fn seen(
+    stage: &Stage,
+    what: &str,
+    condition: impl FnMut(&room::Witness) -> bool,
+) -> room::Witness {
+    match stage.rooms.wait_for(condition, LIMIT).await {
+        Ok(witness) => witness,
+        Err(last) => panic!("{what}: not within {LIMIT:?}; the room server says {last:#?}"),
+    }
+}
+
+/// tests/clients/agent.py in a process group of its own, which is killed in the end: the worker
+/// has child processes, and they outlive it for a moment.
+struct Agent {
+    child: Child,
+    group: u32,
+    output: Lines<BufReader<ChildStdout>>,
+}
+
+impl Agent {
+    fn start(stage: &Stage, job_type: &str) -> Self {
+        let repository = Path::new(env!("CARGO_MANIFEST_DIR"));
+        let python = repository.join(".venv/agents/bin/python");
+        assert!(
+            python.exists(),
+            "{} is not there: run tests/run, which installs it",
+            python.display()
+        );
+        let mut child = Command::new(python)
+            .arg(repository.join("tests/clients/agent.py"))
+            .arg("start")
+            .envs(stage.environment())
+            .env("STT_URL", stage.stt.url())
+            .env("JOB_TYPE", job_type)
+            // It would otherwise look for a proxy even to loopback.
+            .envs([("NO_PROXY", "127.0.0.1"), ("no_proxy", "127.0.0.1")])
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .process_group(0)
+            .spawn()
+            .expect("the agent starts");
+        let group = child.id().expect("it runs");
+        let output = lines(&mut child);
+        Self {
+            child,
+            group,
+            output,
+        }
+    }
+
+    /// Waits until it prints this event. Its log, which is not ours to judge, comes in between.
+    async fn says(&mut self, event: &str) -> Value {
+        let mut said = Vec::new();
+        let heard = async {
+            while let Some(line) = self.output.next_line().await.expect("its output") {
+                match serde_json::from_str::<Value>(&line) {
+                    Ok(value) if value["event"] == event => return Some(value),
+                    _ => said.push(line),
+                }
+            }
+            None
+        };
+        match tokio::time::timeout(LIMIT, heard).await {
+            Ok(Some(value)) => value,
+            _ => panic!("the agent never said {event:?}, but {said:#?}"),
+        }
+    }
+
+    /// Ends it with SIGTERM.
+    async fn end(mut self) -> ExitStatus {
+        send("TERM", self.group);
+        let end = async {
+            while let Ok(Some(_)) = self.output.next_line().await {}
+            self.child.wait().await.expect("its status")
+        };
+        let status = tokio::time::timeout(LIMIT, end).await;
+        status.expect("the agent ends")
+    }
+}
+
+impl Drop for Agent {
+    fn drop(&mut self) {
+        let group = format!("-{}", self.group);
+        // It fails if nobody is left, as it should be.
+        let _ = std::process::Command::new("kill")
+            .args(["-KILL", "--", &group])
+            .stderr(Stdio::null())
+            .status();
+    }
+}

@@ -1,0 +1,243 @@
+//! A provider that refuses: who is there waits, is told why, and is served when it is over, without
+//! a storm of requests. The sessions are real, and so is the STT server; most have no room.
+
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use futures_util::stream::unfold;
+use rehearsal::stt::{self, Reject};
+use roomwarden::{
+    close::{CloseOrder, order},
+    config::SttConfig,
+    daemon::Daemon,
+    domain::CloseReason,
+    ledger::Ledger,
+    registry::Registry,
+    session::{self, Command, Context, Packet, Settings, Stt, Track},
+    stt::{
+        connect::Provider,
+        gate::{Gate, Limits},
+    },
+    transcripts::Sinks,
+};
+use tokio::{
+    sync::{mpsc, watch},
+    task::JoinSet,
+    time::{Interval, interval, timeout},
+};
+
+use crate::stage::{LIMIT, Stage, stop};
+
+/// 20 ms of silence.
+const FRAME: [u8; 3] = [0xf8, 0xff, 0xfe];
+const FRAME_TIME: Duration = Duration::from_millis(20);
+
+async fn next_packet(
+    (mut ticks, n, frames): (Interval, u32, u32),
+) -> Option<(Packet, (Interval, u32, u32))> {
+    if n == frames {
+        std::future::pending::<()>().await;
+    }
+    ticks.tick().await;
+    let packet = Packet {
+        payload: FRAME.into(),
+        timestamp: n * 960,
+        sequence: n.into(),
+        received_at: Instant::now(),
+    };
+    Some((packet, (ticks, n + 1, frames)))
+}
+
+/// Somebody who talks for so long, and then stays.
+fn track(number: usize, lasts: Duration) -> Track {
+    let frames = (lasts.as_millis() / FRAME_TIME.as_millis()) as u32;
+    let packets = move || unfold((interval(FRAME_TIME), 0, frames), next_packet);
+    Track {
+        sid: format!("TR_{number}"),
+        packets: Box::new(move || Box::pin(packets())),
+        muted: Box::new(|| false),
+    }
+}
+
+/// Sessions of one process.
+struct Sessions {
+    registry: Registry,
+    gate: Gate,
+    orders: watch::Sender<Option<CloseOrder>>,
+    tasks: JoinSet<()>,
+    commands: Vec<mpsc::Sender<Command>>,
+}
+
+impl Sessions {
+    fn start(config: &SttConfig, count: usize, lasts: Duration) -> Self {
+        let registry = Registry::new(Ledger::default());
+        let gate = Gate::new(Limits::new(config));
+        let stt = Stt::new(Provider::new(config), Settings::new(config), gate.clone());
+        let context = Arc::new(Context {
+            room: "none".to_owned(),
+            registry: registry.clone(),
+            stt: watch::channel(Arc::new(stt)).1,
+            sinks: Sinks::default(),
+            to_room: None,
+        });
+        let (orders, _) = watch::channel(None);
+        let (mut tasks, mut all) = (JoinSet::new(), Vec::new());
+        for number in 0..count {
+            let (commands, received) = mpsc::channel(4);
+            let add = commands.try_send(Command::Add(track(number, lasts)));
+            assert!(add.is_ok());
+            all.push(commands);
+            let name = format!("p{number}");
+            tasks.spawn(session::run(
+                context.clone(),
+                name,
+                received,
+                orders.subscribe(),
+            ));
+        }
+        Self {
+            registry,
+            gate,
+            orders,
+            tasks,
+            commands: all,
+        }
+    }
+
+    async fn close(mut self) {
+        let reason = CloseReason::Shutdown("test".to_owned());
+        let deadline = Instant::now() + LIMIT;
+        order(&self.orders, &CloseOrder { reason, deadline });
+        while let Some(ended) = self.tasks.join_next().await {
+            ended.expect("no panic");
+        }
+        drop(self.commands);
+        self.registry.drained().await;
+        let standing = self.gate.standing();
+        assert_eq!((standing.held, standing.waiting), (0, 0));
+    }
+}
+
+fn quickly(stage: &Stage) -> SttConfig {
+    let mut config = stage.config().stt;
+    config.retry_first_ms = 100;
+    config.retry_most_ms = 1000;
+    config
+}
+
+/// Fifty participants, from the beginning of the trouble to its end. How many requests it cost is
+/// the provider's count.
+#[tokio::test(flavor = "multi_thread")]
+async fn fifty_are_served_when_the_provider_has_recovered() {
+    const PEOPLE: usize = 50;
+    let busy = Reject::status(429).message("Rate limit exceeded.");
+    let faults = [
+        Reject::status(503),
+        busy.retry_after(Duration::from_secs(2)),
+        Reject::status(429),
+    ];
+    for reject in faults {
+        let stage = Stage::new().await;
+        let status = reject.status;
+        stage.stt.set_faults(stt::Faults {
+            reject_with: Some(reject.clone()),
+            ..Default::default()
+        });
+        let sessions = Sessions::start(&quickly(&stage), PEOPLE, LIMIT * 10);
+        let mut troubles = sessions.gate.trouble();
+        let trouble = timeout(LIMIT, troubles.wait_for(Option::is_some)).await;
+        let trouble = trouble.expect("trouble in time").expect("a gate").clone();
+        assert_eq!(trouble.expect("trouble").failure.status, Some(status));
+        tokio::time::sleep(Duration::from_secs(4)).await;
+        // One each, and from then on one at a time, half a second to a second apart; before the
+        // pause was known, some had a second try.
+        let rejections = stage.stt.witness().rejections();
+        assert!(rejections <= 2 * PEOPLE as u64, "{reject:?}: {rejections}");
+
+        stage.stt.set_faults(stt::Faults::default());
+        let witness = stage.open(PEOPLE).await;
+        assert_eq!(witness.opened, PEOPLE as u64);
+        assert!(sessions.gate.trouble().borrow().is_none());
+        sessions.close().await;
+        stage.all_acknowledged(PEOPLE).await;
+        stage.end().await;
+    }
+}
+
+/// The provider never sees more than it allows, and everybody who waited had a stream.
+#[tokio::test(flavor = "multi_thread")]
+async fn twenty_share_five_streams() {
+    const PEOPLE: usize = 20;
+    for configured in [true, false] {
+        let stage = Stage::with(stt::Config::default().max_streams(5)).await;
+        let mut config = quickly(&stage);
+        config.max_streams = if configured { 5 } else { 0 };
+        config.idle_after_ms = 1000;
+        let sessions = Sessions::start(&config, PEOPLE, Duration::from_secs(2));
+        let witness = stage
+            .witnessed("everybody had a stream", |w| {
+                w.opened == PEOPLE as u64 && w.open_now == 0
+            })
+            .await;
+        assert!(witness.peak <= 5, "{}", witness.peak);
+        // Nor did anybody lose what was said while waiting.
+        let whole = |stream: &&stt::StreamRecord| stream.audio_seconds > 1.9;
+        assert_eq!(witness.streams.iter().filter(whole).count(), PEOPLE);
+        let rejections = witness.rejections();
+        if configured {
+            // Of those who came a moment before the provider had noticed that another had gone.
+            assert!(rejections <= PEOPLE as u64, "{rejections}");
+        } else {
+            // Who comes at first; and now and then one more is tried.
+            assert!(rejections <= 3 * PEOPLE as u64, "{rejections}");
+        }
+        sessions.close().await;
+        stage.all_acknowledged(PEOPLE).await;
+        stage.end().await;
+    }
+}
+
+/// What the room is told of the daemon's participant.
+async fn told(stage: &Stage) -> [String; 2] {
+    let participants = stage.api().list_participants("r").await.expect("a list");
+    let us = participants.iter().find(|p| p.identity == "roomwarden");
+    let attribute = |name: &str| {
+        let attribute = us.and_then(|us| us.attributes.get(name));
+        attribute.cloned().unwrap_or_default()
+    };
+    ["roomwarden.transcription", "roomwarden.message"].map(attribute)
+}
+
+async fn until_told(stage: &Stage, what: [&str; 2]) {
+    let start = Instant::now();
+    while told(stage).await != what {
+        assert!(start.elapsed() < LIMIT, "{:?}", told(stage).await);
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_room_is_told_that_the_quota_is_used_up_and_when_it_is_over() {
+    let stage = Stage::new().await;
+    stage.stt.set_faults(stt::Faults {
+        reject_with: Some(Reject::status(402)),
+        ..Default::default()
+    });
+    let daemon = Daemon::start(stage.config(), Sinks::default());
+    let alice = stage.speaker("r", "alice").await;
+    let bob = stage.speaker("r", "bob").await;
+    let paused = "transcription is paused: the account's credit is used up";
+    until_told(&stage, ["paused", paused]).await;
+    // One each at most, and one for all after a pause.
+    assert!(stage.stt.witness().rejected[&402] <= 4);
+    stage.stt.set_faults(stt::Faults::default());
+    stage.streaming(2).await;
+    until_told(&stage, ["", ""]).await;
+    alice.leave().await;
+    bob.leave().await;
+    stage.all_acknowledged(2).await;
+    stop(&daemon).await;
+    stage.end().await;
+}

@@ -1,0 +1,35 @@
+//! The promise, tested from outside: in every test the STT server's own account is the witness.
+//! One binary, so that the SDK is linked once.
+
+#![allow(clippy::disallowed_methods, reason = "the bans are about the daemon")]
+
+mod agents;
+#[cfg(target_os = "linux")]
+mod blocked;
+mod check;
+mod clients;
+mod close;
+mod command_line;
+mod cycles;
+mod dev;
+#[cfg(target_os = "linux")]
+mod frozen;
+mod killed;
+mod ledger;
+mod limits;
+mod lost;
+mod matrix;
+#[cfg(target_os = "linux")]
+mod pid1;
+mod refused;
+mod rehearsal;
+mod reload;
+mod reports;
+mod selection;
+mod service;
+mod stage;
+mod starts;
+mod streams;
+mod to_room;
+mod tone;
+mod vanish;
