@@ -9,17 +9,13 @@ use tokio::time::{Instant as TokioInstant, sleep_until};
 
 use super::{
     Peer,
-    network::{Network, Ready, Received},
+    network::{BATCH, Network, Ready, Received},
+    runtime::next_beat,
     session::{Event, Output},
 };
 
 /// Longer than any datagram that a peer has reason to send.
 const MAX_DATAGRAM: usize = 2048;
-/// Datagrams that are read in a row before anything else gets its turn.
-const BATCH: usize = 32;
-/// Datagrams that come faster than this are read together: each of them alone would wake a thread. A
-/// voice sends every 20 ms, and is never kept waiting.
-const READ_EVERY: Duration = Duration::from_millis(5);
 /// The session's deadline may be years away, which timers do not take.
 const MAX_SLEEP: Duration = Duration::from_secs(3600);
 
@@ -28,12 +24,13 @@ pub(super) async fn drive(peer: Arc<Peer>, mut network: Network) {
     let peer = Closing(peer);
     let mut output = Output::default();
     let mut buffer = vec![0; MAX_DATAGRAM];
-    let timer = sleep_until(TokioInstant::now());
+    let mut now = Instant::now();
+    // When what flows is read next.
+    let mut beat = now;
+    let timer = sleep_until(now.into());
     tokio::pin!(timer);
-    let (mut last_read, mut next_read) = (Instant::now(), Instant::now());
 
     loop {
-        let now = Instant::now();
         peer.0.session().step(now, &mut output);
         for transmit in output.transmits.drain(..) {
             network.send(now, &transmit);
@@ -55,47 +52,56 @@ pub(super) async fn drive(peer: Arc<Peer>, mut network: Network) {
             informed = true;
         }
         if informed {
+            now = Instant::now();
             continue;
         }
 
-        let mut deadline = network.deadline().map_or(deadline, |at| at.min(deadline));
-        let may_read = next_read <= Instant::now();
-        if !may_read {
-            deadline = deadline.min(next_read);
-        }
-        timer
-            .as_mut()
-            .reset(TokioInstant::from_std(deadline).min(TokioInstant::now() + MAX_SLEEP));
-        let deliver = |received: Received| {
-            peer.0.session().receive(Instant::now(), &received);
-        };
-        tokio::select! {
-            () = peer.0.bell.notified() => {}
-            ready = network.ready(), if may_read => match ready {
-                Ready::Socket(index) => {
-                    let now = Instant::now();
-                    if now.saturating_duration_since(last_read) < READ_EVERY {
-                        next_read = now + READ_EVERY;
-                    }
-                    last_read = now;
-                    let mut read = 0;
-                    while read < BATCH
-                        && let Some((len, source, local)) = network.receive(index, &mut buffer)
-                    {
-                        read += 1;
-                        network.sort(Instant::now(), source, local, &buffer[..len], deliver);
-                    }
-                    // There is more: a socket that is not emptied fills up.
-                    if read == BATCH {
-                        next_read = now;
+        let due = network.deadline().map_or(deadline, |at| at.min(deadline));
+        loop {
+            let polling = network.is_polling();
+            let until = match polling {
+                // What is not due yet has time until then.
+                true if due > now => beat,
+                true | false => due,
+            };
+            let latest = TokioInstant::now() + MAX_SLEEP;
+            timer.as_mut().reset(latest.min(until.into()));
+            let deliver = |now: Instant| {
+                let peer = &peer.0;
+                move |received: Received<'_>| peer.session().receive(now, &received)
+            };
+            let mut called = true;
+            tokio::select! {
+                () = peer.0.bell.notified() => now = Instant::now(),
+                ready = network.ready() => {
+                    now = Instant::now();
+                    match ready {
+                        Ready::Socket(index) => {
+                            network.receive(now, index, &mut buffer, deliver(now)).await;
+                        }
+                        Ready::Link(index, event) => {
+                            network.on_link(now, index, event, deliver(now));
+                        }
+                        Ready::Lookup(server, result) => {
+                            network.on_lookup(now, server, result).await;
+                        }
                     }
                 }
-                Ready::Link(index, event) => network.on_link(Instant::now(), index, event, deliver),
-                Ready::Lookup(server, result) => {
-                    network.on_lookup(Instant::now(), server, result).await;
+                () = &mut timer => {
+                    now = Instant::now();
+                    called = false;
                 }
-            },
-            () = &mut timer => {}
+            }
+            if polling && now >= beat {
+                let read = network.receive_polled(now, &mut buffer, deliver(now)).await;
+                called |= read > 0;
+                // A socket that is not emptied fills up.
+                beat = if read < BATCH { next_beat(now) } else { now };
+            }
+            // A beat that brings nothing is none of the session's business.
+            if called || now >= due {
+                break;
+            }
         }
     }
 }

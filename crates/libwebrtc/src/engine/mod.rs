@@ -36,6 +36,8 @@ use tokio::sync::Notify;
 
 pub(crate) use callback::Callback;
 use network::Network;
+#[cfg(feature = "encoded-audio")]
+pub(crate) use runtime::beats;
 pub(crate) use session::Session;
 pub(crate) use stats::Of;
 

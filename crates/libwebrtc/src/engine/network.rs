@@ -40,6 +40,8 @@ use crate::{
 
 /// A name server that is slower spoils the join anyway.
 const LOOKUP_LIMIT: Duration = Duration::from_secs(5);
+/// Datagrams that are read in a row before anything else gets its turn.
+pub(super) const BATCH: usize = 64;
 /// For the farewell to leave and relays to be given back.
 const LINGER: Duration = Duration::from_millis(300);
 
@@ -60,6 +62,13 @@ pub(super) struct Received<'a> {
     /// Our address as the stack knows it.
     pub local: SocketAddr,
     pub bytes: &'a [u8],
+}
+
+impl Received<'_> {
+    /// RTP, not RTCP or anything else (RFC 7983, RFC 5761).
+    pub(super) fn is_rtp(&self) -> bool {
+        matches!(self.bytes, [128..=191, kind, ..] if !(64..=95).contains(&(kind & 0x7f)))
+    }
 }
 
 /// What is ready; see the methods named.
@@ -214,13 +223,48 @@ impl Network {
         poll_fn(|cx| self.poll_ready(cx)).await
     }
 
-    /// Length, source and own address of a datagram, or None if none waits.
-    pub(super) fn receive(
-        &self,
+    /// Takes the datagrams that wait at a socket, at most [`BATCH`], and hands them on. Returns how
+    /// many there were.
+    pub(super) async fn receive(
+        &mut self,
+        now: Instant,
         index: usize,
         buffer: &mut [u8],
-    ) -> Option<(usize, SocketAddr, SocketAddr)> {
-        self.sockets.receive(index, buffer)
+        mut deliver: impl FnMut(Received),
+    ) -> usize {
+        let (mut read, mut media) = (0, 0);
+        while read < BATCH
+            && let Some((len, source, local)) = self.sockets.receive(index, buffer)
+        {
+            read += 1;
+            self.sort(now, source, local, &buffer[..len], |received| {
+                media += u32::from(received.is_rtp());
+                deliver(received);
+            });
+        }
+        self.sockets.note_media(now, index, media).await;
+        read
+    }
+
+    /// Whether there are sockets to be read at the next beat.
+    pub(super) fn is_polling(&self) -> bool {
+        (0..self.sockets.len()).any(|index| self.sockets.is_polled(index))
+    }
+
+    /// The same for all sockets that are polled.
+    pub(super) async fn receive_polled(
+        &mut self,
+        now: Instant,
+        buffer: &mut [u8],
+        mut deliver: impl FnMut(Received),
+    ) -> usize {
+        let mut read = 0;
+        for index in 0..self.sockets.len() {
+            if self.sockets.is_polled(index) {
+                read += self.receive(now, index, buffer, &mut deliver).await;
+            }
+        }
+        read
     }
 
     /// Hands a datagram on, unless it is a server's: then what a peer sent through it.
@@ -319,6 +363,7 @@ impl Network {
     /// Gives everything back. Takes no longer than [`LINGER`], and no time at all if there is
     /// neither a stream nor a relay. Not cancel safe: what is left is then dropped.
     pub(super) async fn close(&mut self) {
+        self.sockets.watch().await;
         self.queries = Queries::default();
         self.lookups.clear();
         let now = Instant::now();
@@ -336,9 +381,7 @@ impl Network {
                 Err(_) => {}
                 Ok(Ready::Socket(index)) => {
                     let mut buffer = [0; 2048];
-                    if let Some((len, source, local)) = self.receive(index, &mut buffer) {
-                        self.sort(now, source, local, &buffer[..len], |_| {});
-                    }
+                    self.receive(now, index, &mut buffer, |_| {}).await;
                 }
                 Ok(Ready::Link(index, event)) => self.on_link(now, index, event, |_| {}),
                 Ok(Ready::Lookup(..)) => {}
@@ -756,23 +799,31 @@ mod tests {
         let second = Ipv4Addr::new(127, 0, 0, 2).into();
         let second = network.open(now, second, None).await.unwrap();
         let sender = StdUdpSocket::bind("127.0.0.1:0").unwrap();
-        for _ in 0..2 {
+        for _ in 0..=BATCH {
             sender.send_to(b"one", first).unwrap();
             sender.send_to(b"two", second).unwrap();
         }
-        let mut seen = Vec::new();
+        let (mut seen, mut batches) = (0, Vec::new());
         let mut buffer = [0; 16];
-        while seen.len() < 4 {
+        while seen < 2 * (BATCH + 1) {
             let Ready::Socket(index) = network.ready().await else {
                 panic!("there are only sockets");
             };
-            if let Some((len, source, local)) = network.receive(index, &mut buffer) {
-                assert_eq!(source, sender.local_addr().unwrap());
-                assert_eq!(&buffer[..len], if local == first { b"one" } else { b"two" });
-                seen.push(local);
-            }
+            let deliver = |received: Received| {
+                let expected = if received.local == first {
+                    b"one"
+                } else {
+                    b"two"
+                };
+                assert_eq!(received.source, sender.local_addr().unwrap());
+                assert_eq!(received.bytes, expected);
+            };
+            let read = network.receive(now, index, &mut buffer, deliver).await;
+            seen += read;
+            batches.extend((read > 0).then_some((index, read)));
         }
-        assert_eq!(seen[..2].iter().filter(|local| **local == first).count(), 1);
+        assert_eq!(batches[0].1, BATCH);
+        assert_ne!(batches[0].0, batches[1].0);
     }
 
     #[tokio::test]

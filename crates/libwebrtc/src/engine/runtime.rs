@@ -1,8 +1,14 @@
-use std::{future::Future, sync::Arc, sync::OnceLock, thread, time::Instant};
+use std::{
+    future::Future,
+    sync::{Arc, LazyLock, OnceLock},
+    thread,
+    time::{Duration, Instant},
+};
 
 use str0m::{
     Rtc,
     config::{CryptoProvider, DtlsCert},
+    rtp::Extension,
 };
 use tokio::runtime::Runtime;
 
@@ -16,6 +22,9 @@ const MAX_BUFFERED: usize = 16 << 20;
 /// More would only wait: even thousands of voices are little work.
 const MAX_THREADS: usize = 4;
 
+/// How often what flows is read. Speech waits that long at most.
+const BEAT: Duration = Duration::from_millis(10);
+
 /// What all peer connections of the process share.
 ///
 /// The threads are the crate's own: the SDK calls from any thread, also without a runtime, and
@@ -24,6 +33,19 @@ pub(super) struct Shared {
     runtime: Runtime,
     crypto: Arc<CryptoProvider>,
     certificate: DtlsCert,
+}
+
+/// The moments at which all peer connections read what flows: every period since an instant.
+pub(crate) fn beats() -> (Instant, Duration) {
+    static FIRST: LazyLock<Instant> = LazyLock::new(Instant::now);
+    (*FIRST, BEAT)
+}
+
+/// The first of them after `now`.
+pub(super) fn next_beat(now: Instant) -> Instant {
+    let (first, period) = beats();
+    let into_beat = now.saturating_duration_since(first).as_nanos() % period.as_nanos();
+    now + period - Duration::from_nanos(into_beat as u64)
 }
 
 /// Starts the threads at the first call; an error is the same for ever.
@@ -74,11 +96,32 @@ impl Shared {
             .enable_h264(true)
             .enable_vp9(true)
             .enable_av1(true)
+            // Not the numbers for estimates of bandwidth: voices need none, and a report every 50 ms
+            // would be sent for them.
+            .clear_extension_map()
+            .set_extension(1, Extension::AudioLevel)
+            .set_extension(4, Extension::RtpMid)
             .set_rtp_mode(true)
             .set_stats_interval(Some(INTERVAL))
             .set_sctp_max_message_size(MAX_MESSAGE)
             .set_sctp_max_buffered_amount(MAX_BUFFERED)
             .set_snap_enabled(snap)
             .build(now)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn beats_are_the_same_moments_for_all() {
+        let (first, period) = beats();
+        for beat in 0..3 {
+            let last = first + beat * period;
+            for into in [Duration::ZERO, period / 3, period - Duration::from_nanos(1)] {
+                assert_eq!(next_beat(last + into), last + period);
+            }
+        }
     }
 }

@@ -58,6 +58,19 @@ pub(super) const HEAD_START: Duration = Duration::from_secs(2);
 /// one: the others may be under way.
 const GRACE: Duration = Duration::from_millis(100);
 
+/// The shortest time there is.
+const INSTANT: Duration = Duration::from_nanos(1);
+
+/// How far the stack is emptied.
+#[derive(Clone, Copy, PartialEq)]
+enum Until {
+    /// It has nothing more.
+    Quiet,
+    /// The packet that it was given has come out; what else it has waits for the next step. The
+    /// stack holds one packet.
+    Packet,
+}
+
 /// What the driver is to do.
 #[derive(Default)]
 pub(super) struct Output {
@@ -149,6 +162,8 @@ pub(crate) struct Session {
     /// Connections are in use as well as datagrams.
     streams: bool,
     faults: Faults,
+    /// The time that the stack was told with the packets that wait for a step.
+    told: Option<Instant>,
 }
 
 impl Session {
@@ -186,17 +201,15 @@ impl Session {
             tcp_since: None,
             streams: false,
             faults: Faults::default(),
+            told: None,
         }
     }
 
     /// Lets time pass, then hands over all that is to be done.
     pub(super) fn step(&mut self, now: Instant, output: &mut Output) {
-        if let Some(rtc) = &mut self.rtc
-            && let Err(err) = rtc.handle_input(Input::Timeout(now))
-        {
-            self.lose_stack(&err.to_string());
-        }
-        let stack_deadline = self.drain(now);
+        self.tell(now);
+        self.told = None;
+        let stack_deadline = self.drain(now, Until::Quiet);
         self.watch(now);
         let streams_at = self.fall_back(now);
 
@@ -217,7 +230,20 @@ impl Session {
         };
     }
 
-    /// Takes a datagram; one that makes no sense is ignored.
+    /// Lets the stack go through all that it has timers for, once for this time.
+    fn tell(&mut self, now: Instant) {
+        if self.told.replace(now) == Some(now) {
+            return;
+        }
+        if let Some(rtc) = &mut self.rtc
+            && let Err(err) = rtc.handle_input(Input::Timeout(now))
+        {
+            self.lose_stack(&err.to_string());
+        }
+    }
+
+    /// Takes a datagram; one that makes no sense is ignored. Those that were read together have the
+    /// same `now`, and `step` is called with it after them.
     pub(super) fn receive(&mut self, now: Instant, received: &Received) {
         let Received {
             protocol,
@@ -225,6 +251,14 @@ impl Session {
             local,
             bytes,
         } = *received;
+        // With each datagram the stack lets time pass, which is most of what a packet costs where there
+        // are many tracks; but not with one of the past.
+        let is_rtp = received.is_rtp();
+        let mut at = now;
+        if is_rtp {
+            self.tell(now);
+            at = now.checked_sub(INSTANT).unwrap_or(now);
+        }
         let Some(rtc) = &mut self.rtc else { return };
         let receive = match Receive::new(protocol, source, local, bytes) {
             Ok(receive) => receive,
@@ -233,7 +267,7 @@ impl Session {
                 return self.faults.note(Fault::Datagram, detail);
             }
         };
-        let input = Input::Receive(now, receive);
+        let input = Input::Receive(at, receive);
         if !rtc.accepts(&input) {
             log::trace!("datagram of a stranger ignored");
             return;
@@ -249,7 +283,7 @@ impl Session {
                 self.faults.note(Fault::Refused, detail);
             }
         }
-        self.drain(now);
+        self.drain(now, if is_rtp { Until::Packet } else { Until::Quiet });
     }
 
     /// Ends everything. Idempotent.
@@ -546,10 +580,16 @@ impl Session {
     }
 
     /// Takes out of the stack what it has, and returns when it wants to be called again.
-    fn drain(&mut self, now: Instant) -> Option<Instant> {
+    fn drain(&mut self, now: Instant, until: Until) -> Option<Instant> {
         let deadline = loop {
             match self.rtc.as_mut()?.poll_output() {
                 Ok(StackOutput::Timeout(at)) => break at,
+                Ok(StackOutput::Event(StackEvent::RtpPacket(packet))) => {
+                    self.on_rtp(packet);
+                    if until == Until::Packet {
+                        return None;
+                    }
+                }
                 Ok(StackOutput::Transmit(transmit)) => {
                     self.figures.note_sent(now, &transmit);
                     self.output.transmits.push(transmit);
@@ -572,7 +612,6 @@ impl Session {
                 self.stack_ice = state;
                 self.heard = Some(now);
             }
-            StackEvent::RtpPacket(packet) => self.on_rtp(packet),
             StackEvent::ChannelOpen(id, label) => self.on_channel_open(id, &label),
             StackEvent::ChannelData(data) => self.on_channel_data(data),
             StackEvent::ChannelClose(id) => self.on_channel_close(id),

@@ -1,11 +1,17 @@
 //! The UDP sockets of one peer connection, each bound to one local address.
+//!
+//! A socket on which little comes is watched: the kernel wakes the driver for each datagram. One on
+//! which media flows is polled: the driver reads it at every beat ([`super::runtime::next_beat`]), the
+//! same moments for all peer connections, so that the process wakes up once for all of them.
 
 use std::{
     io,
     net::{IpAddr, SocketAddr, UdpSocket as StdUdpSocket},
     task::Context,
+    time::{Duration, Instant},
 };
 
+use socket2::SockRef;
 use str0m::Candidate;
 use tokio::net::UdpSocket;
 
@@ -13,12 +19,80 @@ use super::faults::{Fault, Faults};
 
 /// More local addresses than this are not tried.
 const MAX_SOCKETS: usize = 8;
+/// Media flows when so many packets have come with no longer pauses than this.
+const FLOWING: u32 = 25;
+const PAUSE: Duration = Duration::from_millis(50);
+/// It has stopped when nothing came for so long.
+const STOPPED: Duration = Duration::from_millis(250);
 
 pub(super) struct Socket {
     pub local: SocketAddr,
-    socket: UdpSocket,
+    handle: Handle,
+    /// Packets of media since the last pause.
+    flow: u32,
+    last: Option<Instant>,
     /// Those that stand on it.
     pub candidates: Vec<Candidate>,
+}
+
+/// In bytes, of which each packet takes several hundred more than its own.
+const RECEIVE_BUFFER: usize = 1 << 20;
+
+enum Handle {
+    Watched(UdpSocket),
+    Polled(StdUdpSocket),
+    /// The runtime did not take it, or did not give it back.
+    Lost,
+}
+
+impl Handle {
+    fn turned(self) -> io::Result<Self> {
+        Ok(match self {
+            Self::Watched(socket) => Self::Polled(socket.into_std()?),
+            Self::Polled(socket) => Self::Watched(UdpSocket::from_std(socket)?),
+            Self::Lost => Self::Lost,
+        })
+    }
+
+    fn try_send_to(&self, bytes: &[u8], to: SocketAddr) -> io::Result<usize> {
+        match self {
+            Self::Watched(socket) => socket.try_send_to(bytes, to),
+            Self::Polled(socket) => socket.send_to(bytes, to),
+            Self::Lost => Err(io::ErrorKind::NotConnected.into()),
+        }
+    }
+
+    fn try_recv_from(&self, buffer: &mut [u8]) -> io::Result<(usize, SocketAddr)> {
+        match self {
+            Self::Watched(socket) => socket.try_recv_from(buffer),
+            Self::Polled(socket) => socket.recv_from(buffer),
+            Self::Lost => Err(io::ErrorKind::WouldBlock.into()),
+        }
+    }
+}
+
+impl Socket {
+    fn is_polled(&self) -> bool {
+        matches!(self.handle, Handle::Polled(_))
+    }
+
+    async fn turn(&mut self) {
+        let handle = std::mem::replace(&mut self.handle, Handle::Lost);
+        match handle.turned() {
+            Ok(handle) => self.handle = handle,
+            Err(err) => log::warn!("the socket at {} is lost: {err}", self.local),
+        }
+        if let Handle::Watched(socket) = &self.handle {
+            writable(socket).await;
+        }
+    }
+}
+
+/// At once true, but not known before: the first datagrams would be lost.
+async fn writable(socket: &UdpSocket) {
+    if let Err(err) = socket.writable().await {
+        log::debug!("a socket is not writable: {err}");
+    }
 }
 
 #[derive(Default)]
@@ -45,13 +119,18 @@ impl Sockets {
         }
         let socket = StdUdpSocket::bind((ip, 0))?;
         socket.set_nonblocking(true)?;
+        // The kernel gives what it allows; its default of some 280 packets is little between two beats.
+        if let Err(err) = SockRef::from(&socket).set_recv_buffer_size(RECEIVE_BUFFER) {
+            log::debug!("the receive buffer stays as it is: {err}");
+        }
         let local = socket.local_addr()?;
         let socket = UdpSocket::from_std(socket)?;
-        // At once true, but not known before: the first datagrams would be lost.
-        socket.writable().await?;
+        writable(&socket).await;
         self.0.push(Socket {
             local,
-            socket,
+            handle: Handle::Watched(socket),
+            flow: 0,
+            last: None,
             candidates: Vec::new(),
         });
         Ok(local)
@@ -99,20 +178,23 @@ impl Sockets {
         to: SocketAddr,
         bytes: &[u8],
     ) -> bool {
-        let Some(Socket { socket, .. }) = self.0.iter().find(|socket| socket.local == local) else {
+        let Some(Socket { handle, .. }) = self.0.iter().find(|socket| socket.local == local) else {
             return false;
         };
-        if let Err(err) = socket.try_send_to(bytes, to) {
+        if let Err(err) = handle.try_send_to(bytes, to) {
             let detail = format_args!("{} bytes to {to}: {err}", bytes.len());
             faults.note(Fault::Unsent, detail);
         }
         true
     }
 
-    /// True if the socket may be readable; else it wakes the task when it is. An error shows, and
-    /// is handled, when it is read.
+    /// True if the socket may be readable; else it wakes the task when it is, if it is watched. An
+    /// error shows, and is handled, when it is read.
     pub(super) fn is_ready(&self, index: usize, cx: &mut Context<'_>) -> bool {
-        self.0[index].socket.poll_recv_ready(cx).is_ready()
+        match &self.0[index].handle {
+            Handle::Watched(socket) => socket.poll_recv_ready(cx).is_ready(),
+            Handle::Polled(_) | Handle::Lost => false,
+        }
     }
 
     /// Length, source and own address of a datagram, or None if none waits.
@@ -121,14 +203,47 @@ impl Sockets {
         index: usize,
         buffer: &mut [u8],
     ) -> Option<(usize, SocketAddr, SocketAddr)> {
-        let Socket { local, socket, .. } = self.0.get(index)?;
+        let Socket { local, handle, .. } = self.0.get(index)?;
         loop {
-            match socket.try_recv_from(buffer) {
+            match handle.try_recv_from(buffer) {
                 Ok((len, source)) => return Some((len, source, *local)),
                 Err(err) if err.kind() == io::ErrorKind::WouldBlock => return None,
                 // An ICMP answer to something sent earlier; the next datagram may be fine.
                 Err(err) => log::debug!("receiving on {local}: {err}"),
             }
+        }
+    }
+
+    pub(super) fn is_polled(&self, index: usize) -> bool {
+        self.0.get(index).is_some_and(Socket::is_polled)
+    }
+
+    /// So many packets of media were read at that socket: decides how it is read from now on.
+    pub(super) async fn note_media(&mut self, now: Instant, index: usize, count: u32) {
+        let Some(socket) = self.0.get_mut(index) else {
+            return;
+        };
+        let since = |last: Instant| now.saturating_duration_since(last);
+        let pause = socket.last.map_or(Duration::MAX, since);
+        if count > 0 {
+            socket.last = Some(now);
+            let before = if pause > PAUSE { 0 } else { socket.flow };
+            socket.flow = before.saturating_add(count);
+        }
+        if match socket.is_polled() {
+            true => count == 0 && pause > STOPPED,
+            false => socket.flow >= FLOWING,
+        } {
+            socket.flow = 0;
+            socket.turn().await;
+        }
+    }
+
+    /// Has the kernel wake the task for every socket again.
+    pub(super) async fn watch(&mut self) {
+        for socket in self.0.iter_mut().filter(|socket| socket.is_polled()) {
+            socket.flow = 0;
+            socket.turn().await;
         }
     }
 
@@ -172,5 +287,54 @@ mod tests {
         // Too long for a datagram.
         assert!(sockets.send(&mut faults, local, local, &[0; 70_000]));
         assert_eq!(faults.count(Fault::Unsent), 1);
+    }
+
+    #[tokio::test]
+    async fn a_socket_is_polled_while_media_flows_and_works_either_way() {
+        let mut sockets = Sockets::default();
+        let local = sockets.open(Ipv4Addr::LOCALHOST.into()).await.unwrap();
+        let peer = StdUdpSocket::bind("127.0.0.1:0").unwrap();
+        peer.set_read_timeout(Some(Duration::from_secs(30)))
+            .unwrap();
+        let to = peer.local_addr().unwrap();
+        let mut now = Instant::now();
+        let mut faults = Faults::default();
+        let mut buffer = [0; 16];
+        for polled in [false, true, false] {
+            assert_eq!(sockets.is_polled(0), polled);
+            assert!(sockets.send(&mut faults, local, to, b"there"));
+            assert_eq!(peer.recv(&mut buffer).unwrap(), 5);
+            peer.send_to(b"back", local).unwrap();
+            let ready = std::future::poll_fn(|cx| match sockets.is_ready(0, cx) {
+                true => std::task::Poll::Ready(()),
+                false => std::task::Poll::Pending,
+            });
+            // Only of a watched one the task is told.
+            if !polled {
+                let told = tokio::time::timeout(Duration::from_secs(30), ready);
+                told.await.unwrap();
+            }
+            assert_eq!(sockets.receive(0, &mut buffer), Some((4, to, local)));
+            assert_eq!(sockets.receive(0, &mut buffer), None);
+            // Slower than a voice.
+            for _ in 0..2 * FLOWING {
+                now += 2 * PAUSE;
+                sockets.note_media(now, 0, 1).await;
+                assert_eq!(sockets.is_polled(0), polled);
+            }
+            if polled {
+                now += STOPPED;
+                sockets.note_media(now, 0, 0).await;
+                assert!(sockets.is_polled(0));
+                now += Duration::from_millis(1);
+                sockets.note_media(now, 0, 0).await;
+            } else {
+                for _ in 0..FLOWING {
+                    now += Duration::from_millis(20);
+                    sockets.note_media(now, 0, 1).await;
+                }
+            }
+        }
+        assert_eq!(faults.count(Fault::Unsent), 0);
     }
 }
