@@ -28,6 +28,8 @@ use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
+use super::signalling;
+
 /// The longest that a room's end waits for the SDK to take the departures in. It takes a few
 /// milliseconds, except while the SDK is reconnecting, when its back-off (0.3 s) comes first.
 const DEPARTURE_LIMIT: Duration = Duration::from_secs(2);
@@ -66,7 +68,8 @@ pub fn install() {
     INSTALL.call_once(|| {
         if livekit_net::has_ws_client() {
             warn!("another websocket client is registered: closed rooms will leak memory");
-        } else if let Some(inner) = livekit_net::ws_client() {
+        } else if let Some(native) = livekit_net::ws_client() {
+            let inner = Arc::new(signalling::Client { native });
             livekit_net::set_ws_client(Arc::new(Client { inner }));
         } else {
             warn!("livekit-net has no websocket client to wrap: closed rooms will leak memory");

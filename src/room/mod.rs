@@ -4,4 +4,5 @@ pub mod api;
 pub mod departure;
 pub mod reconcile;
 pub mod selection;
+mod signalling;
 pub mod supervisor;
