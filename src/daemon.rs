@@ -417,7 +417,8 @@ impl Past {
 }
 
 fn stt(config: &SttConfig, gate: Gate) -> Arc<Stt> {
-    Arc::new(Stt::new(Provider::new(config), Settings::new(config), gate))
+    let stt = Stt::new(Provider::new(config), Settings::new(config), gate);
+    Arc::new(stt.paged_since(supervisor::just_read()))
 }
 
 /// The gate before the provider, which may still count what an earlier run left open.

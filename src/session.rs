@@ -121,12 +121,22 @@ impl Stt {
         }
     }
 
+    /// Has pages end at whole multiples of their length since then.
+    pub fn paged_since(self, since: Instant) -> Self {
+        Self { since, ..self }
+    }
+
     /// Ticks every page length, for all streams in the same moments: the process wakes up once for
     /// all of them.
     fn page_ends(&self) -> Interval {
-        let page = self.settings.page;
-        let into_page = now().saturating_duration_since(self.since).as_nanos() % page.as_nanos();
-        let first = now() + page - Duration::from_nanos(into_page as u64);
+        let (page, now) = (self.settings.page, now());
+        let first = match now.checked_duration_since(self.since) {
+            Some(past) => {
+                let into_page = past.as_nanos() % page.as_nanos();
+                now + page - Duration::from_nanos(into_page as u64)
+            }
+            None => self.since,
+        };
         let mut ticks = tokio::time::interval_at(first.into(), page);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Skip);
         ticks
@@ -776,6 +786,22 @@ mod tests {
             sid: "t".to_owned(),
             packets: Box::new(move || Box::pin(all.lock().unwrap().take().expect("asked once"))),
             muted: Box::new(|| false),
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn pages_end_at_multiples_of_their_length_since_the_given_moment() {
+        let ms = Duration::from_millis;
+        for since in [now() - ms(117), now(), now() + ms(5)] {
+            let (connect, _connections) = mpsc::unbounded_channel();
+            let config = Config::for_tests().stt;
+            let provider = Provider::in_memory(&config, InMemory(connect));
+            let gate = Gate::new(Limits::new(&config));
+            let stt = Stt::new(provider, Settings::new(&config), gate).paged_since(since);
+            let (begun, page) = (now(), stt.settings.page);
+            let end = stt.page_ends().tick().await.into_std();
+            assert!(end > begun && end <= begun + page);
+            assert_eq!((end - since).as_nanos() % page.as_nanos(), 0);
         }
     }
 

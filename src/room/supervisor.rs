@@ -9,8 +9,13 @@ use std::{
 
 use futures_util::StreamExt;
 use livekit::{
-    DisconnectReason, data_stream::api::SendTextOptions, e2ee::EncryptionType, id::ParticipantSid,
-    participant, prelude::*, webrtc::encoded_audio::EncodedAudioStream,
+    DisconnectReason,
+    data_stream::api::SendTextOptions,
+    e2ee::EncryptionType,
+    id::ParticipantSid,
+    participant,
+    prelude::*,
+    webrtc::encoded_audio::{self, EncodedAudioStream},
 };
 use livekit_protocol::{
     ParticipantInfo, TrackInfo, TrackType, encryption, participant_info::State,
@@ -901,6 +906,14 @@ fn speaking(selection: &Selection, info: &ParticipantInfo) -> Vec<String> {
     };
     let heard = info.tracks.iter().filter(heard);
     heard.map(|track| track.sid.clone()).collect()
+}
+
+/// How long all peer connections may take to read what has come, and timers to be exact.
+const READING: Duration = Duration::from_millis(4);
+
+/// A moment at which packets have just been read. So they have after it as well, every 10 ms.
+pub fn just_read() -> Instant {
+    encoded_audio::beats().0 + READING
 }
 
 /// The encoded packets of a track, from now on.
