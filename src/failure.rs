@@ -183,8 +183,9 @@ impl Cause {
             | Self::Unreachable
             | Self::Reset
             | Self::Tls
-            | Self::Timeout(_) => Retry::Later,
-            Self::Protocol | Self::Audio | Self::Idle | Self::Budget => Retry::ThisStream,
+            | Self::Timeout(_)
+            | Self::Protocol => Retry::Later,
+            Self::Audio | Self::Idle | Self::Budget => Retry::ThisStream,
         }
     }
 }

@@ -70,6 +70,8 @@ struct State {
     held: usize,
     /// Those of them whose handshake is under way.
     connecting: usize,
+    /// Those of them that have not proven good.
+    unproven: usize,
     /// When the provider has forgotten streams that ended unacknowledged.
     quarantined: Vec<Instant>,
     /// Who waits: by priority, then in the order of their coming.
@@ -80,7 +82,7 @@ struct State {
 
 enum Health {
     Well {
-        /// Failures since the last success.
+        /// Failures since a stream has last proven good.
         failures: u32,
     },
     /// Nobody is let in before `until`, and then one.
@@ -90,7 +92,7 @@ enum Health {
         /// But so many streams may be held, as the provider has shown by refusing one more.
         places: usize,
     },
-    /// So many at a time, doubled with each success.
+    /// So many at a time, doubled with each that proves good.
     Recovering { width: usize, tries: u32 },
 }
 
@@ -124,6 +126,7 @@ impl Gate {
                 refused: None,
                 held: 0,
                 connecting: 0,
+                unproven: 0,
                 quarantined: Vec::new(),
                 queue: BTreeSet::new(),
                 last_ticket: 0,
@@ -249,7 +252,7 @@ impl Gate {
                 Err(Some(forgotten.map_or(until, |at| at.min(until))))
             }
             Health::Paused { .. } if state.connecting > 0 => Err(None),
-            Health::Recovering { width, .. } if state.connecting >= width => Err(None),
+            Health::Recovering { width, .. } if state.unproven >= width => Err(None),
             Health::Paused { .. } | Health::Recovering { .. } => Ok(()),
         }
     }
@@ -258,22 +261,26 @@ impl Gate {
     fn connected(&self) {
         let mut state = self.state();
         state.connecting -= 1;
-        let (width, tries) = match state.health {
-            Health::Well { .. } => {
-                state.health = Health::default();
-                return;
+        // In the place of another: that one more can be had is not shown, but may be tried now.
+        if let Health::Paused { places, tries, .. } = state.health
+            && state.held > places
+        {
+            state.health = Health::Recovering { width: 1, tries };
+        }
+        self.tell(state);
+    }
+
+    /// A stream has proven good: the provider does its work.
+    fn proven(&self) {
+        let mut state = self.state();
+        state.unproven -= 1;
+        state.health = match state.health {
+            Health::Paused { .. } => return,
+            Health::Recovering { width, tries } if state.queue.len() > width => {
+                let width = width.saturating_mul(2);
+                Health::Recovering { width, tries }
             }
-            // In the place of another: that one more can be had is not shown, but may be tried now.
-            Health::Paused { places, .. } if state.held <= places => {
-                return self.tell(state);
-            }
-            Health::Paused { tries, .. } => (1, tries),
-            Health::Recovering { width, tries } => (width * 2, tries),
-        };
-        state.health = if state.queue.len() <= width {
-            Health::default()
-        } else {
-            Health::Recovering { width, tries }
+            Health::Recovering { .. } | Health::Well { .. } => Health::default(),
         };
         if let Some(trouble) = state.refused.take() {
             let cause = trouble.failure.cause.name();
@@ -284,11 +291,12 @@ impl Gate {
 
     /// Who was let in gives the place back, and what became of the stream may make others wait.
     /// Without an outcome there was none.
-    fn over(&self, was_connecting: bool, outcome: Option<&Outcome>) {
+    fn over(&self, was_connecting: bool, proven: bool, outcome: Option<&Outcome>) {
         let now = now();
         let mut state = self.state();
         state.held -= 1;
         state.connecting -= usize::from(was_connecting);
+        state.unproven -= usize::from(!proven);
         let failure = outcome.and_then(Outcome::failure);
         // What the provider closed itself it does not count any more.
         let closed = failure
@@ -403,6 +411,7 @@ impl Waiting {
         state.queue.remove(&self.place);
         state.held += 1;
         state.connecting += 1;
+        state.unproven += 1;
         state.peak = state.peak.max(state.held);
         drop(state);
         // The next in the queue is the first now.
@@ -410,6 +419,7 @@ impl Waiting {
         Ok(Admission {
             gate: gate.clone(),
             connecting: true,
+            proven: false,
             outcome: None,
         })
     }
@@ -427,6 +437,7 @@ impl Drop for Waiting {
 pub struct Admission {
     gate: Gate,
     connecting: bool,
+    proven: bool,
     outcome: Option<Outcome>,
 }
 
@@ -438,15 +449,26 @@ impl Admission {
         }
     }
 
+    /// The provider has said something about the audio, or the stream has lasted for a while.
+    pub fn proven(&mut self) {
+        if !std::mem::replace(&mut self.proven, true) {
+            self.gate.proven();
+        }
+    }
+
     /// The stream is over.
     pub fn over(mut self, outcome: &Outcome) {
+        if *outcome == Outcome::Acknowledged {
+            self.proven();
+        }
         self.outcome = Some(outcome.clone());
     }
 }
 
 impl Drop for Admission {
     fn drop(&mut self) {
-        self.gate.over(self.connecting, self.outcome.as_ref());
+        let outcome = self.outcome.as_ref();
+        self.gate.over(self.connecting, self.proven, outcome);
     }
 }
 
@@ -500,6 +522,7 @@ mod tests {
                 let refuses = *self.refuses.lock().unwrap();
                 let Some(cause) = refuses else {
                     admission.connected();
+                    admission.proven();
                     let open = self.open.fetch_add(1, Ordering::SeqCst) + 1;
                     self.most.fetch_max(open, Ordering::SeqCst);
                     tokio::time::sleep(kept).await;
@@ -558,6 +581,32 @@ mod tests {
         }
     }
 
+    /// A provider that lets everybody in, and throws them out at once, is no better.
+    #[tokio::test(start_paused = true)]
+    async fn streams_that_do_not_last_are_no_success() {
+        let (gate, tries) = (gate(None), Arc::new(AtomicUsize::new(0)));
+        let mut sessions = JoinSet::new();
+        for _ in 0..50 {
+            let (gate, tries) = (gate.clone(), tries.clone());
+            sessions.spawn(async move {
+                loop {
+                    let mut admission = gate.admit(0).await;
+                    tries.fetch_add(1, Ordering::SeqCst);
+                    tokio::time::sleep(Duration::from_millis(20)).await;
+                    admission.connected();
+                    tokio::time::sleep(Duration::from_millis(100)).await;
+                    admission.over(&Outcome::peer_gone(Failure::closed(1011, "NET-0000")));
+                    tokio::time::sleep(FIRST).await;
+                }
+            });
+        }
+        tokio::time::sleep(Duration::from_secs(3600)).await;
+        // First everybody; then, every 15 to 30 s, one.
+        let tries = tries.load(Ordering::SeqCst);
+        assert!((50..=320).contains(&tries), "{tries} requests");
+        assert!(gate.trouble().borrow().is_some(), "it is told all the time");
+    }
+
     #[tokio::test(start_paused = true)]
     async fn what_concerns_one_stream_makes_nobody_wait() {
         let gate = gate(None);
@@ -576,7 +625,9 @@ mod tests {
             for _ in 0..FAILURES - 1 {
                 gate.admit(0).await.over(&refused(Cause::Reset));
             }
-            gate.admit(0).await.connected();
+            let mut admission = gate.admit(0).await;
+            admission.connected();
+            admission.proven();
         }
         assert_eq!(*gate.trouble().borrow(), None);
     }
@@ -697,7 +748,8 @@ mod tests {
             first: FIRST,
             most: MOST,
         });
-        waiting.await.unwrap().connected();
+        let mut admission = waiting.await.unwrap();
+        admission.connected();
         assert!(now() - start < Duration::from_secs(1));
         assert_eq!(*gate.trouble().borrow(), None);
     }

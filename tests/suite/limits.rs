@@ -25,7 +25,7 @@ use roomwarden::{
 use tokio::{
     sync::{mpsc, watch},
     task::JoinSet,
-    time::{Interval, interval, timeout},
+    time::{Interval, interval},
 };
 
 use crate::stage::{LIMIT, Stage, stop};
@@ -73,7 +73,7 @@ pub struct Sessions {
 }
 
 impl Sessions {
-    fn start(config: &SttConfig, count: usize, lasts: Duration) -> Self {
+    pub fn start(config: &SttConfig, count: usize, lasts: Duration) -> Self {
         let tracks = (0..count).map(|number| track(number, lasts));
         Self::of(config, Sinks::default(), tracks)
     }
@@ -132,45 +132,6 @@ pub fn quickly(stage: &Stage) -> SttConfig {
     config.retry_first_ms = 100;
     config.retry_most_ms = 1000;
     config
-}
-
-/// Fifty participants, from the beginning of the trouble to its end. How many requests it cost is
-/// the provider's count.
-#[tokio::test(flavor = "multi_thread")]
-async fn fifty_are_served_when_the_provider_has_recovered() {
-    const PEOPLE: usize = 50;
-    let busy = Reject::status(429).message("Rate limit exceeded.");
-    let faults = [
-        Reject::status(503),
-        busy.retry_after(Duration::from_secs(2)),
-        Reject::status(429),
-    ];
-    for reject in faults {
-        let stage = Stage::new().await;
-        let status = reject.status;
-        stage.stt.set_faults(stt::Faults {
-            reject_with: Some(reject.clone()),
-            ..Default::default()
-        });
-        let sessions = Sessions::start(&quickly(&stage), PEOPLE, LIMIT * 10);
-        let mut troubles = sessions.gate.trouble();
-        let trouble = timeout(LIMIT, troubles.wait_for(Option::is_some)).await;
-        let trouble = trouble.expect("trouble in time").expect("a gate").clone();
-        assert_eq!(trouble.expect("trouble").failure.status, Some(status));
-        tokio::time::sleep(Duration::from_secs(4)).await;
-        // One each, and from then on one at a time, half a second to a second apart; before the
-        // pause was known, some had a second try.
-        let rejections = stage.stt.witness().rejections();
-        assert!(rejections <= 2 * PEOPLE as u64, "{reject:?}: {rejections}");
-
-        stage.stt.set_faults(stt::Faults::default());
-        let witness = stage.open(PEOPLE).await;
-        assert_eq!(witness.opened, PEOPLE as u64);
-        assert!(sessions.gate.trouble().borrow().is_none());
-        sessions.close().await;
-        stage.all_acknowledged(PEOPLE).await;
-        stage.end().await;
-    }
 }
 
 /// The provider never sees more than it allows, and everybody who waited had a stream.

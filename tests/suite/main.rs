@@ -22,6 +22,7 @@ mod matrix;
 #[cfg(target_os = "linux")]
 mod parking;
 mod pid1;
+mod recovery;
 mod refused;
 mod rehearsal;
 mod reload;
