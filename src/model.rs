@@ -631,8 +631,9 @@ impl World {
                 assert!(of_it.is_empty(), "{sid} should be over: {of_it:#?}");
             }
             // Who talks has a stream, or one is tried for again and again. The longest pause is
-            // that of a close by a provider that does not answer, and one that was asked for.
-            let patience = settings.retry_most + settings.close_grace + ms(4000) + SLACK;
+            // that of a close by a provider that does not answer, and one that was asked for; after
+            // trouble another stream must have been connected and have proven good, or not.
+            let patience = settings.retry_most + settings.close_grace + ms(9000) + SLACK;
             if let Some(since) = expected.talking_since {
                 let count = receipts.iter().filter(|r| &r.key.track == sid).count();
                 let settled = self.settled.entry(sid.clone()).or_insert((count, since));

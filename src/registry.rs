@@ -17,7 +17,7 @@ use tokio::sync::watch;
 use tokio_util::task::TaskTracker;
 
 use crate::{
-    close::{CloseOrder, order},
+    close::{CloseOrder, now, order},
     domain::{CloseReason, Outcome, Service, StreamId, StreamKey, StreamTotals},
     journal::{Journal, Orphan},
     kernel::{KnownSockets, SocketId},
@@ -140,7 +140,7 @@ impl Registry {
                 key,
                 service,
                 opened_at_ms,
-                since: Instant::now(),
+                since: now(),
                 connected_since: None,
                 closing_since: None,
             }),
@@ -304,7 +304,7 @@ impl Permit {
     /// The handshake is complete.
     pub fn opened(&mut self) {
         if let Some(loan) = &mut self.loan {
-            loan.connected_since = Some(Instant::now());
+            loan.connected_since = Some(now());
         }
         if let Some(admission) = &mut self.admission {
             admission.connected();
@@ -316,7 +316,9 @@ impl Permit {
     /// How long the handshake has been complete.
     pub fn open_for(&self) -> Duration {
         let since = self.loan.as_ref().and_then(|loan| loan.connected_since);
-        since.map(|since| since.elapsed()).unwrap_or_default()
+        since.map_or(Duration::ZERO, |since| {
+            now().saturating_duration_since(since)
+        })
     }
 
     /// The provider does its work on the stream.
@@ -338,7 +340,7 @@ impl Permit {
         if let Some(loan) = &mut self.loan
             && loan.closing_since.is_none()
         {
-            loan.closing_since = Some(Instant::now());
+            loan.closing_since = Some(now());
             let id = loan.id;
             self.registry
                 .update(id, |entry| entry.state = StreamState::Closing);
@@ -364,7 +366,8 @@ impl Permit {
         totals: StreamTotals,
     ) -> Arc<Settled> {
         let id = loan.id;
-        let seconds = |since: Option<Instant>| since.map_or(0.0, |at| at.elapsed().as_secs_f64());
+        let elapsed = |since| now().saturating_duration_since(since).as_secs_f64();
+        let seconds = |since: Option<Instant>| since.map_or(0.0, elapsed);
         let settled = Settled {
             id,
             key: loan.key,
@@ -374,7 +377,7 @@ impl Permit {
             totals,
             opened_at_ms: loan.opened_at_ms,
             settled_at_ms: unix_ms(SystemTime::now()),
-            wall_seconds: loan.since.elapsed().as_secs_f64(),
+            wall_seconds: elapsed(loan.since),
             connection_seconds: seconds(loan.connected_since),
             close_seconds: seconds(loan.closing_since),
         };
