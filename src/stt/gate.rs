@@ -50,7 +50,16 @@ impl Limits {
 
 /// Cheap to clone; all clones are one gate.
 #[derive(Clone)]
-pub struct Gate(Arc<Inner>);
+pub struct Gate(Arc<Inner>, Asked);
+
+/// What the provider is asked for by those who come through here.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Asked {
+    /// What everybody asks for.
+    TheSame,
+    /// Something of their own: that it is refused says nothing of what others ask for.
+    TheirOwn,
+}
 
 struct Inner {
     state: Mutex<State>,
@@ -112,7 +121,7 @@ pub struct Standing {
 
 impl Gate {
     pub fn new(limits: Limits) -> Self {
-        Self(Arc::new(Inner {
+        let inner = Arc::new(Inner {
             state: Mutex::new(State {
                 limits,
                 health: Health::default(),
@@ -125,7 +134,13 @@ impl Gate {
             }),
             changed: Notify::new(),
             trouble: watch::Sender::new(None),
-        }))
+        });
+        Self(inner, Asked::TheSame)
+    }
+
+    /// The same gate, for those who ask the provider for something of their own.
+    pub fn for_own_settings(&self) -> Self {
+        Self(self.0.clone(), Asked::TheirOwn)
     }
 
     /// New limits, and perhaps another provider or key: what is known of the old one's health is
@@ -273,7 +288,8 @@ impl Gate {
     fn failed(&self, state: &mut State, now: Instant, failure: Failure) -> Option<Trouble> {
         let Limits { first, most, .. } = state.limits;
         let retry = failure.cause.retry();
-        if retry == Retry::ThisStream {
+        let theirs = matches!(failure.cause, Cause::Permission | Cause::BadRequest);
+        if retry == Retry::ThisStream || (theirs && self.1 == Asked::TheirOwn) {
             return None;
         }
         let tries = match &mut state.health {
