@@ -556,6 +556,19 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
+    async fn what_some_ask_for_on_their_own_makes_nobody_else_wait_unless_it_is_the_key() {
+        let gate = gate(None);
+        let own = gate.for_own_settings();
+        for cause in [Cause::BadRequest, Cause::Permission] {
+            own.admit(0).await.over(&refused(cause));
+            assert_eq!(*gate.trouble().borrow(), None);
+        }
+        assert_eq!(gate.standing().held, 0, "it is the same gate");
+        own.admit(0).await.over(&refused(Cause::Authentication));
+        assert!(gate.trouble().borrow().is_some());
+    }
+
+    #[tokio::test(start_paused = true)]
     async fn a_limit_is_kept_and_everybody_has_a_turn() {
         let (gate, provider) = (gate(Some(5)), Arc::new(Provider::default()));
         let mut sessions = JoinSet::new();

@@ -115,7 +115,7 @@ async fn a_genuine_agent_takes_a_publishers_job_and_hears_that_publisher() {
 }
 
 /// Waits until the room server says that the condition holds.
-async fn seen(
+pub async fn seen(
     stage: &Stage,
     what: &str,
     condition: impl FnMut(&room::Witness) -> bool,
