@@ -32,7 +32,7 @@ use crate::{
         claims::Claims,
         departure,
         selection::{RoomSelection, Selection},
-        supervisor::{self, Ended, Entry, House, RoomContext, RoomEnd, Terms},
+        supervisor::{self, Ended, Entry, House, Missing, RoomContext, RoomEnd, Terms},
     },
     session::{Context, Settings, Stt},
     store::Store,
@@ -52,6 +52,8 @@ const REJOIN_MOST: Duration = Duration::from_secs(30);
 const LIST_LAG: Duration = Duration::from_secs(10);
 /// A connection that lasted so long was a good one: the next failure is a first one.
 const GOOD_CONNECTION: Duration = Duration::from_secs(60);
+/// Somebody else came under the same identity, as LiveKit spells it.
+const DUPLICATE: &str = "duplicate_identity";
 /// Hints make the server be asked at once, but not more often than this.
 const HINT_PAUSE: Duration = Duration::from_millis(200);
 /// Participants who are missing, of whom the root has not heard yet.
@@ -399,11 +401,7 @@ struct Root {
     rescue: Rescue,
     /// Rooms are looked at for lost jobs: one look at a time.
     looks: JoinSet<jobs::Looked>,
-    /// Whom rooms were joined for and who is not there: a room and an identity.
-    missing: (
-        mpsc::Sender<(String, String)>,
-        mpsc::Receiver<(String, String)>,
-    ),
+    missing: (mpsc::Sender<Missing>, mpsc::Receiver<Missing>),
     /// Rooms that are said to have news.
     hinted: mpsc::Receiver<String>,
     /// Delivers usage reports, if they are wanted; it ends with this once it is told.
@@ -509,7 +507,7 @@ impl Root {
             claims: Claims::default(),
             worker: JoinSet::new(),
             line: None,
-            rescue: Rescue::new(None),
+            rescue: Rescue::default(),
             looks: JoinSet::new(),
             missing: mpsc::channel(MAX_MISSING),
             hinted,
@@ -559,7 +557,7 @@ impl Root {
                     }
                 }
                 Some(event) = jobs::next_event(&mut self.line) => self.on_job(event),
-                Some((room, identity)) = self.missing.1.recv() => self.gone(&room, &identity),
+                Some(missing) = self.missing.1.recv() => self.gone(&missing),
                 Some(looked) = self.looks.join_next(), if !self.looks.is_empty() => {
                     self.looked(looked);
                 }
@@ -725,11 +723,12 @@ impl Root {
             RoomEnd::Closed => (Some(now + LIST_LAG), 0),
             RoomEnd::Stale => (Some(now), 0),
             // It is looked at again, and joined if nobody of ours is there.
-            RoomEnd::PutOut(why) if running.identity != self.config.rooms.identity => {
+            RoomEnd::PutOut(why)
+                if why == DUPLICATE && running.identity != self.config.rooms.identity =>
+            {
                 tracing::warn!(
                     room = name,
-                    why,
-                    "another daemon of ours has the room, or we were put out of it"
+                    "another daemon of ours has taken over the room"
                 );
                 (Some(now + LIST_LAG), 0)
             }

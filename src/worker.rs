@@ -161,7 +161,7 @@ impl Worker {
             self.desk.dropped();
             let pause = match ended {
                 Ended::Told => return,
-                Ended::GoAway => continue,
+                Ended::GoAway => tokio::time::sleep(RETRY_FIRST),
                 Ended::Lost(said) => {
                     let pause = backoff(failures, RETRY_FIRST, RETRY_MOST, fastrand::f64());
                     tracing::warn!(

@@ -19,13 +19,13 @@ use crate::{
     room::{
         api::ListedRoom,
         claims::{Audience, Claim, Ticket},
-        supervisor::{House, RoomEnd, ToRoom},
+        supervisor::{House, Missing, RoomEnd, ToRoom},
     },
     session::{Settings, Stt},
     stt::connect::Provider,
     worker::{
         Command, Event, Line, Worker,
-        rescue::{self, Rescue, Sight, Us},
+        rescue::{self, Sight, Us},
     },
 };
 
@@ -50,10 +50,6 @@ impl Root {
         let Some((worker, line)) = Worker::new(&self.config) else {
             return;
         };
-        let every = Duration::from_millis(self.config.rooms.reconcile_interval_ms);
-        // Of hidden participants it is not known whether they are there.
-        let look = !every.is_zero() && !self.config.rooms.hidden;
-        self.rescue = Rescue::new(Some(every).filter(|_| look));
         self.line = Some(line);
         self.worker.spawn(async move {
             tokio::time::sleep(after).await;
@@ -172,8 +168,8 @@ impl Root {
     }
 
     /// Somebody for whom alone a room was joined is not there.
-    pub(super) fn gone(&mut self, room: &str, identity: &str) {
-        let about = |claim: &Claim| claim.participant.as_deref() == Some(identity) && !claim.next;
+    pub(super) fn gone(&mut self, Missing { room, identity }: &Missing) {
+        let about = |claim: &Claim| claim.participant.as_ref() == Some(identity) && !claim.next;
         self.release(room, about, "the participant left");
     }
 
@@ -251,6 +247,10 @@ impl Root {
             return;
         }
         let now = Instant::now();
+        let every = Duration::from_millis(self.config.rooms.reconcile_interval_ms);
+        // Of hidden participants it is not known whether they are there.
+        let look = !every.is_zero() && !self.config.rooms.hidden;
+        self.rescue.look_every(Some(every).filter(|_| look));
         let worth = |room: &&ListedRoom| {
             let name = room.name.as_str();
             match self.running(name) {

@@ -82,8 +82,14 @@ pub struct Entry {
     pub house: watch::Receiver<House>,
     /// Somebody hints that there is news: the room is compared with the server's list at once.
     pub look: Arc<Notify>,
-    /// Whom the room was joined for and who is not there: this room, and an identity.
-    pub missing: mpsc::Sender<(String, String)>,
+    pub missing: mpsc::Sender<Missing>,
+}
+
+/// Somebody whom a room was joined for and who is not there.
+#[derive(Debug)]
+pub struct Missing {
+    pub room: String,
+    pub identity: String,
 }
 
 /// What holds for one room alone, as it is now.
@@ -538,7 +544,8 @@ impl Supervisor {
             *reviews += 1;
             if *reviews >= REVIEWS_TO_MISS {
                 // Else the next review says it.
-                let missing = (self.context.room.clone(), identity);
+                let room = self.context.room.clone();
+                let missing = Missing { room, identity };
                 let _ = self.entry.missing.try_send(missing);
             }
         }

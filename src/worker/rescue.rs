@@ -87,8 +87,9 @@ struct Seen {
 }
 
 /// When to look at which room. Decides, and asks nobody itself.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Rescue {
+    /// None for never.
     every: Option<Duration>,
     /// By SID.
     seen: HashMap<String, Seen>,
@@ -97,13 +98,8 @@ pub struct Rescue {
 }
 
 impl Rescue {
-    /// None to never look.
-    pub fn new(every: Option<Duration>) -> Self {
-        Self {
-            every,
-            seen: HashMap::new(),
-            came: false,
-        }
+    pub fn look_every(&mut self, every: Option<Duration>) {
+        self.every = every;
     }
 
     /// After the server has forgotten our jobs, all rooms are looked at again at once.
@@ -373,6 +369,14 @@ mod tests {
         assert_eq!(found, Sight::Served);
     }
 
+    const EVERY: Duration = Duration::from_secs(5);
+
+    fn rescue() -> Rescue {
+        let mut rescue = Rescue::default();
+        rescue.look_every(Some(EVERY));
+        rescue
+    }
+
     fn listed(sids: &[&str]) -> Vec<ListedRoom> {
         let room = |sid: &&str| ListedRoom {
             sid: (*sid).to_owned(),
@@ -387,8 +391,7 @@ mod tests {
 
     #[test]
     fn rooms_that_were_there_first_are_looked_at_at_once_and_new_ones_when_their_job_has_come() {
-        let every = Duration::from_secs(5);
-        let mut rescue = Rescue::new(Some(every));
+        let (mut rescue, every) = (rescue(), EVERY);
         let now = Instant::now();
         assert_eq!(sids(&rescue.due(&listed(&["a"]), now)), ["a"]);
         assert_eq!(sids(&rescue.due(&listed(&["a", "b"]), now)), [""; 0]);
@@ -401,13 +404,13 @@ mod tests {
         assert_eq!(sids(&rescue.due(&listed(&["a", "b"]), after)), ["a", "b"]);
         assert_eq!(sids(&rescue.due(&listed(&["b"]), after)), [""; 0]);
         assert_eq!(rescue.seen.len(), 1, "a room that is gone is forgotten");
-        let mut never = Rescue::new(None);
+        let mut never = Rescue::default();
         assert_eq!(sids(&never.due(&listed(&["a"]), now)), [""; 0]);
     }
 
     #[test]
     fn a_loss_is_believed_when_it_is_seen_twice_in_a_row_or_sure() {
-        let mut rescue = Rescue::new(Some(Duration::from_secs(5)));
+        let mut rescue = rescue();
         let now = Instant::now();
         rescue.due(&listed(&["a"]), now);
         let lost = |surely| Sight::Lost {
