@@ -81,7 +81,7 @@ fn dispatches(stage: &Stage) -> AgentDispatchClient {
     AgentDispatchClient::with_api_key(&stage.rooms.http_url(), key, secret)
 }
 
-async fn dispatch(stage: &Stage, room: &str, name: &str, metadata: &str) -> String {
+pub async fn dispatch(stage: &Stage, room: &str, name: &str, metadata: &str) -> String {
     let request = CreateAgentDispatchRequest {
         room: room.to_owned(),
         agent_name: name.to_owned(),
