@@ -8,7 +8,7 @@ use std::{
 
 use axum::{Router, body::Bytes, http::HeaderMap};
 use livekit_api::services::room::CreateRoomOptions;
-use livekit_protocol::CreateAgentDispatchRequest;
+use livekit_protocol::{CreateAgentDispatchRequest, DisconnectReason};
 use rehearsal::{
     room::{self, DeliveryOutcome, Whom},
     speaker::Speaker,
@@ -344,6 +344,9 @@ async fn all_sources_together_make_one_session_for_each_participant() {
     for room in &stage.rooms.witness().rooms {
         let us = room.participants.iter().filter(|p| p.kind == "AGENT");
         let us: Vec<_> = us.collect();
+        let displaced = Some(DisconnectReason::DuplicateIdentity);
+        let displaced = us.iter().find(|stay| stay.reason == displaced);
+        assert!(displaced.is_none(), "seed {seed}: {displaced:#?}");
         for pair in us.windows(2) {
             let left = pair[0].left.expect("it has left").ms;
             assert!(left <= pair[1].joined.ms, "seed {seed}: {room:#?}");
