@@ -18,6 +18,8 @@ use crate::{
     check,
     config::{Config, ConfigError, Flag, LogFormat, StateConfig},
     daemon::{Daemon, Failure, Report},
+    dispatch::{self, DispatchArgs},
+    force_close::{self, ForceCloseArgs},
     journal::{Journal, Recovered},
     lines::{LineWriter, LogWriter},
     notify::{Notifier, Reload},
@@ -82,6 +84,10 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Ask LiveKit for a daemon in a room, with settings for that room, or take that back
+    Dispatch(DispatchArgs),
+    /// End rooms for everybody, and verify it
+    ForceClose(ForceCloseArgs),
     /// Show what was used: streams, minutes and cost, from the ledger
     Usage(UsageArgs),
     /// Show the streams that are open, and the last ones that are over
@@ -193,6 +199,8 @@ pub fn main() -> ExitCode {
         match cli.command {
             Command::Run(config) => run(config, format).await,
             Command::Check { config, json } => check::check(config, format, json).await,
+            Command::Dispatch(args) => dispatch::dispatch(args, format).await,
+            Command::ForceClose(args) => force_close::force_close(args, format).await,
             Command::Usage(args) => usage::usage(args, format),
             Command::Streams(args) => usage::streams(args, format),
             Command::Quota(args) => quota::quota(args, format).await,

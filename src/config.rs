@@ -19,6 +19,7 @@ use url::Url;
 
 use crate::journal;
 use keys::Keys;
+pub(crate) use rules::wrong_setting as wrong_text;
 use sources::Settings;
 pub use sources::{Flag, Problem};
 
@@ -29,6 +30,7 @@ const DEFAULTS: &str = include_str!("../config/roomwarden.example.toml");
 pub struct Config {
     pub livekit: LiveKitConfig,
     pub rooms: RoomsConfig,
+    pub agent: AgentConfig,
     pub participants: ParticipantsConfig,
     pub stt: SttConfig,
     pub transcripts: TranscriptsConfig,
@@ -72,6 +74,33 @@ pub struct RoomsConfig {
     pub poll_interval_ms: u64,
     /// 0 for never.
     pub reconcile_interval_ms: u64,
+}
+
+/// LiveKit's agent dispatch as a source of rooms.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct AgentConfig {
+    pub enabled: bool,
+    /// None for automatic dispatch.
+    pub name: Option<String>,
+    pub job_type: JobKind,
+    /// In rooms of jobs about rooms; the same for all daemons of that name.
+    pub identity: String,
+    /// Jobs at a time; 0 for no limit.
+    pub slots: u64,
+    /// Load from which on no more jobs are taken; 100 for never.
+    pub load_percent: u64,
+}
+
+/// What a job is about, and so how many there are.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum JobKind {
+    #[default]
+    Room,
+    /// Each participant who publishes.
+    Publisher,
+    Participant,
 }
 
 #[derive(Debug, Clone, Deserialize)]
@@ -412,6 +441,8 @@ impl Config {
         }
         self.livekit = running.livekit.clone();
         keep!(rooms.identity rooms.hidden state.dir log.format);
+        keep!(agent.enabled agent.name agent.job_type agent.identity agent.slots);
+        keep!(agent.load_percent);
         keep!(transcripts.stdout transcripts.room transcripts.room_packet);
         keep!(ledger.enabled ledger.file ledger.retention_days ledger.currency ledger.billed_by);
         keep!(ledger.prices usage_reports.url usage_reports.timeout_ms);

@@ -1,5 +1,7 @@
 //! The root of the tree: finds rooms, supervises one task a room, and closes everything in order.
 
+mod jobs;
+
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
     fmt,
@@ -10,7 +12,7 @@ use std::{
 use chrono::{DateTime, SecondsFormat, Utc};
 use serde::Serialize;
 use tokio::{
-    sync::watch,
+    sync::{Notify, mpsc, watch},
     task::{Id, JoinSet},
     time::MissedTickBehavior,
 };
@@ -23,13 +25,15 @@ use crate::{
     domain::{CloseReason, backoff},
     journal::{Journal, Orphan, Over, Recovered},
     ledger::{Counts, Ledger, Settled, unix_ms},
+    overrides::Overrides,
     registry::{OpenStream, Registry},
     reports::Webhook,
     room::{
         api::{ApiError, ListedRoom, RoomApi},
+        claims::Claims,
         departure,
         selection::{RoomSelection, Selection},
-        supervisor::{self, Ended, RoomContext, RoomEnd, Terms, ToRoom},
+        supervisor::{self, Ended, Entry, House, Missing, RoomContext, RoomEnd, Terms},
     },
     session::{Context, Settings, Stt},
     store::Store,
@@ -38,6 +42,8 @@ use crate::{
         gate::{Gate, Limits},
     },
     transcripts::Sinks,
+    webhooks::Hints,
+    worker::{Line, rescue::Rescue},
 };
 
 /// Joining a room again after its connection failed.
@@ -49,6 +55,12 @@ const LIST_LAG: Duration = Duration::from_secs(10);
 const GOOD_CONNECTION: Duration = Duration::from_secs(60);
 /// For what is to be known of the budget before the first stream.
 const FIRST_LOOK: Duration = Duration::from_secs(2);
+/// Somebody else came under the same identity, as LiveKit spells it.
+const DUPLICATE: &str = "duplicate_identity";
+/// Hints make the server be asked at once, but not more often than this.
+const HINT_PAUSE: Duration = Duration::from_millis(200);
+/// Participants who are missing, of whom the root has not heard yet.
+const MAX_MISSING: usize = 1024;
 /// While closing: how often it is said what is still open.
 const PROGRESS_EVERY: Duration = Duration::from_secs(1);
 /// The part of the deadline after which streams are closed past their sessions: a session that
@@ -71,6 +83,7 @@ pub struct Daemon {
     config: watch::Sender<Arc<Config>>,
     orders: watch::Sender<Option<CloseOrder>>,
     registry: Registry,
+    hints: Hints,
     started: Instant,
     ready: watch::Receiver<bool>,
     report: watch::Receiver<Option<Arc<Report>>>,
@@ -164,7 +177,8 @@ impl Daemon {
         let (reporter, report) = watch::channel(None);
         let (started_well, ready) = watch::channel(false);
         let (config, configured) = watch::channel(Arc::new(config));
-        let root = Root::new(configured.borrow().clone(), sinks, registry.clone());
+        let (hints, hinted) = Hints::new();
+        let root = Root::new(configured.borrow().clone(), sinks, registry.clone(), hinted);
         let (books, started) = (registry.clone(), Instant::now());
         // The root of the tree has no parent to register with; its end is the report. It is a task
         // within a task, so that a panic of it ends in a report as well.
@@ -183,6 +197,7 @@ impl Daemon {
             config,
             orders,
             registry,
+            hints,
             started,
             ready,
             report,
@@ -210,6 +225,11 @@ impl Daemon {
 
     pub fn registry(&self) -> &Registry {
         &self.registry
+    }
+
+    /// For those who hear that something has happened in a room.
+    pub fn hints(&self) -> Hints {
+        self.hints.clone()
     }
 
     /// Orders the close of everything and returns at once. Again: a stronger order, an earlier
@@ -378,6 +398,17 @@ struct Root {
     running: HashMap<Id, Running>,
     /// What goes on beside the rooms and ends with this.
     keepers: JoinSet<()>,
+    /// What jobs want of rooms.
+    claims: Claims,
+    /// The agent worker, if there is to be one, and what it is told.
+    worker: JoinSet<()>,
+    line: Option<Line>,
+    rescue: Rescue,
+    /// Rooms are looked at for lost jobs: one look at a time.
+    looks: JoinSet<jobs::Looked>,
+    missing: (mpsc::Sender<Missing>, mpsc::Receiver<Missing>),
+    /// Rooms that are said to have news.
+    hinted: mpsc::Receiver<String>,
     /// Delivers usage reports, if they are wanted; it ends with this once it is told.
     reporter: JoinSet<()>,
     last_reports: CancellationToken,
@@ -390,8 +421,16 @@ struct Running {
     name: String,
     /// As it was listed, if it was.
     sid: Option<String>,
+    /// As whom.
+    identity: String,
     joined: Instant,
     orders: watch::Sender<Option<CloseOrder>>,
+    stt: watch::Sender<Arc<Stt>>,
+    overrides: Overrides,
+    house: watch::Sender<House>,
+    look: Arc<Notify>,
+    /// Jobs that are to be told when it is over, since nothing more is done for them.
+    ending: Vec<String>,
 }
 
 /// What became of a room when we were in it last, or wanted to be.
@@ -445,7 +484,12 @@ fn terms(config: &Config) -> Arc<Terms> {
 }
 
 impl Root {
-    fn new(config: Arc<Config>, sinks: Sinks, registry: Registry) -> Self {
+    fn new(
+        config: Arc<Config>,
+        sinks: Sinks,
+        registry: Registry,
+        hinted: mpsc::Receiver<String>,
+    ) -> Self {
         let (terms, current_terms) = watch::channel(terms(&config));
         let room_context = RoomContext {
             api: Arc::new(RoomApi::new(&config.livekit)),
@@ -454,10 +498,6 @@ impl Root {
             hidden: config.rooms.hidden,
             owned: TaskTracker::new(),
             terms: current_terms,
-            transcripts: ToRoom {
-                text: config.transcripts.room,
-                packets: config.transcripts.room_packet,
-            },
         };
         Self {
             stt: watch::channel(stt(&config.stt, gate(&config.stt, &registry))).0,
@@ -470,6 +510,13 @@ impl Root {
             rooms: JoinSet::new(),
             running: HashMap::new(),
             keepers: JoinSet::new(),
+            claims: Claims::default(),
+            worker: JoinSet::new(),
+            line: None,
+            rescue: Rescue::default(),
+            looks: JoinSet::new(),
+            missing: mpsc::channel(MAX_MISSING),
+            hinted,
             reporter: JoinSet::new(),
             last_reports: CancellationToken::new(),
             past: HashMap::new(),
@@ -499,6 +546,7 @@ impl Root {
             let _ = tokio::time::timeout(FIRST_LOOK, look).await;
             self.keepers.spawn(budget.run(configs.clone()));
         }
+        self.start_worker(Duration::ZERO);
         let mut poll = Poll::new(self.room_context.api.clone());
         poll.ask_for(&self.selection, &self.config);
         let (first, failure) = loop {
@@ -517,14 +565,33 @@ impl Root {
                     poll.ask_for(&self.selection, &self.config);
                 }
                 Some(ended) = self.rooms.join_next_with_id(), if !self.rooms.is_empty() => {
-                    if let Some(again) = self.room_ended(ended) {
-                        poll.sooner(again);
+                    if let Some((name, again)) = self.room_ended(ended) {
+                        self.join_for_next(&name);
+                        if let Some(again) = again {
+                            poll.sooner(again);
+                        }
                     }
+                }
+                Some(event) = jobs::next_event(&mut self.line) => self.on_job(event),
+                Some(missing) = self.missing.1.recv() => self.gone(&missing),
+                Some(looked) = self.looks.join_next(), if !self.looks.is_empty() => {
+                    self.looked(looked);
+                }
+                Some(ended) = self.worker.join_next(), if !self.worker.is_empty() => {
+                    self.worker_ended(ended);
+                }
+                Some(room) = self.hinted.recv() => {
+                    let running = self.running.values().find(|running| running.name == room);
+                    if let Some(running) = running {
+                        running.look.notify_one();
+                    }
+                    poll.hinted();
                 }
                 listed = poll.next() => match listed {
                     Ok(rooms) => {
                         ready.send_replace(true);
                         self.reconcile(rooms.as_deref());
+                        self.look_for_lost(rooms.as_deref().unwrap_or_default());
                     }
                     Err(fatal) => {
                         let reason = CloseReason::Shutdown("cannot start".into());
@@ -551,34 +618,44 @@ impl Root {
         self.stt.send_replace(stt(&config.stt, gate));
         self.terms.send_replace(terms(&config));
         self.selection = RoomSelection::new(&config.rooms);
+        self.config = config.clone();
+        self.renew_settings();
         let grace = Duration::from_millis(config.stt.close_grace_ms);
         let new = CloseOrder {
             reason: CloseReason::Deselected,
             deadline: Instant::now() + grace,
         };
         for running in self.running.values() {
-            if !self.selection.fits(&running.name) {
+            if !self.selection.fits(&running.name) && !self.claims.want(&running.name) {
                 order(&running.orders, &new);
             }
         }
-        self.config = config;
     }
 
     /// Joins what there is and what is to be there always, unless we are in it. Without a list of
     /// what the server has, only the latter.
     fn reconcile(&mut self, listed: Option<&[ListedRoom]>) {
         let now = Instant::now();
+        let sids = listed.map(|listed| {
+            let sids = listed.iter();
+            let sids = sids.map(|room| (room.name.as_str(), room.sid.as_str()));
+            sids.collect::<HashMap<_, _>>()
+        });
+        if let Some(sids) = &sids {
+            self.drop_claims_on_rooms_that_are_over(sids);
+            // Not only of those that are wanted now: a job may want them again.
+            self.past
+                .retain(|name, past| match sids.get(name.as_str()) {
+                    Some(sid) => past.is_of(Some(sid)),
+                    None => self.selection.is_static(name) && past.is_of(None),
+                });
+        }
         let always = self.selection.always.iter();
         let mut wanted: BTreeMap<&str, Option<&str>> =
             always.map(|name| (name.as_str(), None)).collect();
-        if let Some(listed) = listed {
-            let found = listed.iter().filter(|room| self.selection.fits(&room.name));
-            wanted.extend(found.map(|room| (room.name.as_str(), Some(room.sid.as_str()))));
-            self.past.retain(|name, past| {
-                let sid = wanted.get(name.as_str());
-                sid.is_some_and(|sid| past.is_of(*sid))
-            });
-        }
+        let found = sids.iter().flatten();
+        let found = found.filter(|(name, _)| self.selection.fits(name) || self.claims.want(name));
+        wanted.extend(found.map(|(name, sid)| (*name, Some(*sid))));
         let running: HashSet<&str> = self.running.values().map(|r| r.name.as_str()).collect();
         let joined: Vec<(String, Option<String>)> = wanted
             .into_iter()
@@ -593,31 +670,49 @@ impl Root {
 
     fn join(&mut self, name: String, sid: Option<String>) {
         let (orders, ordered) = watch::channel(None);
+        let overrides = self.claims.overrides(&name);
+        let (stt, current) = watch::channel(self.stt_with(&overrides));
+        let (house, at_home) = watch::channel(self.house(&name));
+        let look = Arc::new(Notify::new());
+        let (identity, ticket) = self.way_in(&name);
         let context = Context {
             room: name.clone(),
             registry: self.registry.clone(),
-            stt: self.stt.subscribe(),
+            stt: current,
             sinks: self.sinks.clone(),
             to_room: None,
         };
+        let entry = Entry {
+            identity: identity.clone(),
+            ticket,
+            house: at_home,
+            look: look.clone(),
+            missing: self.missing.0.clone(),
+        };
         let tried = self.past.get(&name).map(|past| past.tried.clone());
         let tried = tried.unwrap_or_default();
-        let life = supervisor::supervise(self.room_context.clone(), context, tried, ordered);
+        let life = supervisor::supervise(self.room_context.clone(), context, entry, tried, ordered);
         let id = self.rooms.spawn(life).id();
         let running = Running {
             name,
             sid,
+            identity,
             joined: Instant::now(),
             orders,
+            stt,
+            overrides,
+            house,
+            look,
+            ending: Vec::new(),
         };
         self.running.insert(id, running);
     }
 
-    /// When the room is to be tried again, if that is known.
+    /// The room, and when it is to be tried again, if that is known.
     fn room_ended(
         &mut self,
         ended: Result<(Id, Ended), tokio::task::JoinError>,
-    ) -> Option<Instant> {
+    ) -> Option<(String, Option<Instant>)> {
         let (id, ended) = match ended {
             Ok((id, ended)) => (id, Ok(ended)),
             Err(error) => (error.id(), Err(error.to_string())),
@@ -630,6 +725,7 @@ impl Root {
                 (how, None, HashSet::new())
             }
         };
+        self.tell_jobs_of(&running, &how);
         let order = running.orders.borrow().clone();
         let deselected = order.is_some_and(|order| order.reason == CloseReason::Deselected);
         let name = running.name;
@@ -642,6 +738,16 @@ impl Root {
             // anew; one that is listed for longer lives.
             RoomEnd::Closed => (Some(now + LIST_LAG), 0),
             RoomEnd::Stale => (Some(now), 0),
+            // It is looked at again, and joined if nobody of ours is there.
+            RoomEnd::PutOut(why)
+                if why == DUPLICATE && running.identity != self.config.rooms.identity =>
+            {
+                tracing::warn!(
+                    room = name,
+                    "another daemon of ours has taken over the room"
+                );
+                (Some(now + LIST_LAG), 0)
+            }
             RoomEnd::PutOut(why) => {
                 tracing::error!(
                     room = name,
@@ -672,8 +778,8 @@ impl Root {
             failures,
             tried,
         };
-        self.past.insert(name, past);
-        again
+        self.past.insert(name.clone(), past);
+        Some((name, again))
     }
 
     /// The close path of the daemon: no new streams; all rooms at once, each in its own order;
@@ -682,6 +788,7 @@ impl Root {
         tracing::info!(reason = %first.reason, streams = self.registry.open_now(),
             rooms = self.running.len(), "closing");
         self.registry.seal();
+        self.drain_worker();
         let begun = Instant::now();
         let mut current = first;
         let mut owner_there = true;
@@ -732,6 +839,7 @@ impl Root {
         if tokio::time::timeout_at(until.into(), gone).await.is_err() {
             self.say_who_is_open();
         }
+        self.end_worker(until).await;
         flush_books(&self.registry, until).await;
         self.last_reports.cancel();
         let until = until.min(Instant::now() + LAST_REPORTS);
@@ -762,6 +870,7 @@ struct Poll {
     names: Option<Vec<String>>,
     every: Duration,
     next_at: Instant,
+    asked_at: Option<Instant>,
     failures: u32,
     /// Once it has worked, credentials that fail are the server's passing trouble.
     worked: bool,
@@ -774,6 +883,7 @@ impl Poll {
             names: None,
             every: Duration::MAX,
             next_at: Instant::now(),
+            asked_at: None,
             failures: 0,
             worked: false,
         }
@@ -781,7 +891,11 @@ impl Poll {
 
     /// From now on, and at once.
     fn ask_for(&mut self, selection: &RoomSelection, config: &Config) {
-        self.names = selection.asked_for().map(<[String]>::to_vec);
+        self.names = match config.agent.enabled {
+            // Any may be one that we are dispatched to.
+            true => Some(Vec::new()),
+            false => selection.asked_for().map(<[String]>::to_vec),
+        };
         if self.names.is_none() {
             tracing::warn!("no room is ever joined: rooms.discover is off and rooms.join is empty");
         }
@@ -794,6 +908,14 @@ impl Poll {
         self.next_at = self.next_at.min(at);
     }
 
+    /// Asks at once, or soon if it has asked just now. A server that fails is left alone.
+    fn hinted(&mut self) {
+        if self.failures == 0 {
+            let now = Instant::now();
+            self.sooner(self.asked_at.map_or(now, |at| now.max(at + HINT_PAUSE)));
+        }
+    }
+
     /// The next list of rooms; none if the server did not say. Cancel safe.
     ///
     /// # Errors
@@ -804,6 +926,7 @@ impl Poll {
             return std::future::pending().await;
         };
         tokio::time::sleep_until(self.next_at.into()).await;
+        self.asked_at = Some(Instant::now());
         match self.api.list_rooms(names).await {
             Ok(rooms) => {
                 if self.failures > 0 {

@@ -61,6 +61,8 @@ pub enum CloseReason {
     Deselected,
     /// The participant is gone; LiveKit's disconnect reason in lower case.
     ParticipantLeft(String),
+    /// The agent job is over that the room was transcribed for, and nobody else wants it; why.
+    JobEnded(String),
     /// The room is gone or we are out of it; LiveKit's disconnect reason in lower case.
     RoomEnded(String),
     /// The task that wanted the stream vanished without closing it (panic, abort).
@@ -78,6 +80,7 @@ impl fmt::Display for CloseReason {
             Self::StreamFailed => f.write_str("stream failed"),
             Self::Deselected => f.write_str("no longer selected"),
             Self::ParticipantLeft(why) => write!(f, "participant left ({why})"),
+            Self::JobEnded(why) => write!(f, "agent job ended ({why})"),
             Self::RoomEnded(why) => write!(f, "room ended ({why})"),
             Self::OwnerLost => f.write_str("owner lost"),
             Self::Shutdown(why) => write!(f, "shutdown ({why})"),

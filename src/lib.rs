@@ -10,8 +10,10 @@ pub mod config;
 pub mod daemon;
 #[cfg(feature = "rehearsal")]
 pub mod demo;
+mod dispatch;
 pub mod domain;
 pub mod failure;
+mod force_close;
 pub mod journal;
 pub mod kernel;
 pub mod ledger;
@@ -19,6 +21,7 @@ pub mod lines;
 #[cfg(test)]
 mod model;
 pub mod notify;
+pub mod overrides;
 mod quota;
 pub mod registry;
 pub mod reports;
@@ -31,3 +34,5 @@ mod table;
 pub mod transcripts;
 mod usage;
 pub mod watchdog;
+pub mod webhooks;
+pub mod worker;

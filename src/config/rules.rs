@@ -11,9 +11,11 @@ use super::{
 use crate::store;
 
 /// Numbers: the key, whether 0 is allowed and means never, the least and the most, and the unit.
-const RANGES: [(&str, bool, u64, u64, &str); 27] = [
+const RANGES: [(&str, bool, u64, u64, &str); 29] = [
     ("rooms.poll_interval_ms", false, 50, 3_600_000, MS),
     ("rooms.reconcile_interval_ms", true, 50, 3_600_000, MS),
+    ("agent.slots", true, 1, 100_000, "jobs"),
+    ("agent.load_percent", false, 1, 100, "percent"),
     ("stt.max_streams", true, 1, 100_000, "streams"),
     ("stt.park_after_ms", true, 500, 3_600_000, MS),
     // RFC 6464: -127 dBov is digital silence.
@@ -49,7 +51,12 @@ const MAX_TEXT: usize = 4096;
 const MAX_ITEMS: usize = 1000;
 /// LiveKit's limit of identities and names of rooms, in bytes.
 const MAX_NAME: usize = 256;
-const NAMES: [&str; 2] = ["rooms.identity", "rooms.join"];
+const NAMES: [&str; 4] = [
+    "rooms.identity",
+    "rooms.join",
+    "agent.identity",
+    "agent.name",
+];
 /// What else is sent as a parameter of `/v1/listen`, and is not for `stt.extra`.
 const SENT: [&str; 6] = [
     "model",
@@ -141,6 +148,11 @@ pub(super) fn has_range(key: &str) -> bool {
     RANGES.iter().any(|(name, ..)| *name == key)
 }
 
+/// As texts of the configuration are checked; for those that come from elsewhere.
+pub(crate) fn wrong_setting(text: &str) -> Option<String> {
+    wrong_text(text, MAX_TEXT)
+}
+
 fn wrong_text(text: &str, most: usize) -> Option<String> {
     if text.is_empty() {
         Some("an empty text says nothing: leave it out".to_owned())
@@ -191,16 +203,23 @@ pub(super) fn check_together(config: &Config, settings: &mut Settings<'_>) {
         stt,
         ..
     } = config;
-    if rooms.discover && rooms.include.is_empty() && rooms.join.is_empty() {
+    let dispatched = config.agent.enabled;
+    if rooms.discover && rooms.include.is_empty() && rooms.join.is_empty() && !dispatched {
         settings.fault(
             "rooms.include",
             "no room would be joined: give a pattern, or names in rooms.join",
         );
     }
-    if !rooms.discover && rooms.join.is_empty() {
+    if !rooms.discover && rooms.join.is_empty() && !dispatched {
         settings.fault(
             "rooms.discover",
-            "no room would be joined: give names in rooms.join, or set it to true",
+            "no room would be joined: give names in rooms.join, or set it or agent.enabled to true",
+        );
+    }
+    if dispatched && config.agent.identity == rooms.identity {
+        settings.fault(
+            "agent.identity",
+            "it must not be that of rooms.identity, which is for this daemon alone",
         );
     }
     if participants.include.is_empty() {

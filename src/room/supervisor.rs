@@ -16,7 +16,7 @@ use livekit_protocol::{
     ParticipantInfo, TrackInfo, TrackType, encryption, participant_info::State,
 };
 use tokio::{
-    sync::{mpsc, oneshot, watch},
+    sync::{Notify, mpsc, oneshot, watch},
     task::{Id, JoinError, JoinSet},
     time::MissedTickBehavior,
 };
@@ -24,6 +24,7 @@ use tokio_util::task::TaskTracker;
 
 use super::{
     api::{ApiError, RoomApi},
+    claims::{Audience, Ticket},
     departure::{self, Left},
     reconcile::{Listed, Listing, Out, Reconciler},
     selection::Selection,
@@ -56,17 +57,46 @@ const REVIEW_EVERY: Duration = Duration::from_secs(1);
 /// nothing, so often.
 const REVIEWS_TO_SUBSCRIBE: u32 = 5;
 const MAX_DOUBLINGS: u32 = 3;
+/// Reviews in a row that do not find a participant whom the room was joined for.
+const REVIEWS_TO_MISS: u32 = 3;
 
 /// What a room needs from the daemon.
 pub struct RoomContext {
     pub api: Arc<RoomApi>,
     pub url: String,
+    /// Of this daemon.
     pub identity: String,
     pub hidden: bool,
     /// Owns joins and leaves, which must never be cancelled half-way.
     pub owned: TaskTracker,
     /// As it is configured now.
     pub terms: watch::Receiver<Arc<Terms>>,
+}
+
+/// How a room is entered, and what holds for it alone.
+pub struct Entry {
+    /// As whom.
+    pub identity: String,
+    /// By a job's; else a token is minted.
+    pub ticket: Option<Ticket>,
+    pub house: watch::Receiver<House>,
+    /// Somebody hints that there is news: the room is compared with the server's list at once.
+    pub look: Arc<Notify>,
+    pub missing: mpsc::Sender<Missing>,
+}
+
+/// Somebody whom a room was joined for and who is not there.
+#[derive(Debug)]
+pub struct Missing {
+    pub room: String,
+    pub identity: String,
+}
+
+/// What holds for one room alone, as it is now.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct House {
+    /// Of those whom the terms select.
+    pub audience: Audience,
     pub transcripts: ToRoom,
 }
 
@@ -120,18 +150,19 @@ pub enum RoomEnd {
 pub async fn supervise(
     room_context: Arc<RoomContext>,
     context: Context,
+    mut entry: Entry,
     tried: HashSet<String>,
     mut orders: watch::Receiver<Option<CloseOrder>>,
 ) -> Ended {
     let name = context.room.clone();
-    let (room, events) = match join(&room_context, &name, &mut orders).await {
+    let (room, events) = match join(&room_context, &name, &mut entry, &mut orders).await {
         Joined::Yes(room, events) => (room, events),
         Joined::Ordered => return Ended::unjoined(RoomEnd::Closed, tried),
         Joined::Failed(said) => return Ended::unjoined(RoomEnd::Failed(said), tried),
     };
     departure::attach(&room);
     tracing::info!(room = name, "joined");
-    let supervisor = Supervisor::new(room_context, context, room, tried);
+    let supervisor = Supervisor::new(room_context, context, entry, room, tried);
     supervisor.run(events, orders).await
 }
 
@@ -153,17 +184,20 @@ enum Joined {
 async fn join(
     context: &RoomContext,
     name: &str,
+    entry: &mut Entry,
     orders: &mut watch::Receiver<Option<CloseOrder>>,
 ) -> Joined {
-    let token = context
-        .api
-        .join_token(name, &context.identity, context.hidden);
-    let token = match token {
-        Ok(token) => token,
-        Err(error) => return Joined::Failed(error.to_string()),
+    let (url, token) = match entry.ticket.take() {
+        Some(Ticket { url, token }) => (url.unwrap_or_else(|| context.url.clone()), token),
+        None => {
+            let (us, daemon) = (&entry.identity, &context.identity);
+            match context.api.join_token(name, us, daemon, context.hidden) {
+                Ok(token) => (context.url.clone(), token),
+                Err(error) => return Joined::Failed(error.to_string()),
+            }
+        }
     };
     let (sender, mut joined) = oneshot::channel();
-    let url = context.url.clone();
     context.owned.spawn(async move {
         let mut options = RoomOptions::default();
         // Subscribed one by one: audio of people only.
@@ -194,6 +228,7 @@ async fn join(
 struct Supervisor {
     room_context: Arc<RoomContext>,
     context: Arc<Context>,
+    entry: Entry,
     room: Arc<Room>,
     sessions: JoinSet<()>,
     running: HashMap<Id, Running>,
@@ -210,6 +245,8 @@ struct Supervisor {
     absent: HashSet<ParticipantSid>,
     tried: HashSet<String>,
     subscribing: HashMap<TrackSid, Subscribing>,
+    /// Reviews without those for whom the room was joined, by identity.
+    missing: HashMap<String, u32>,
 }
 
 /// A subscription that has not come about yet.
@@ -230,21 +267,20 @@ impl Supervisor {
     fn new(
         room_context: Arc<RoomContext>,
         mut context: Context,
+        entry: Entry,
         room: Arc<Room>,
         tried: HashSet<String>,
     ) -> Self {
         let mut publisher = JoinSet::new();
-        let forms = room_context.transcripts;
-        if forms.text || forms.packets {
-            let (to_room, transcripts) = mpsc::channel(MAX_TRANSCRIPTS);
-            context.to_room = Some(to_room);
-            publisher.spawn(publish(room.clone(), forms, transcripts));
-        }
+        let (to_room, transcripts) = mpsc::channel(MAX_TRANSCRIPTS);
+        context.to_room = Some(to_room);
+        publisher.spawn(publish(room.clone(), entry.house.clone(), transcripts));
         let mut telling = JoinSet::new();
         telling.spawn(tell(room.clone(), context.stt().gate.trouble()));
         let mut new = Self {
             room_context,
             context: Arc::new(context),
+            entry,
             room,
             sessions: JoinSet::new(),
             running: HashMap::new(),
@@ -257,6 +293,7 @@ impl Supervisor {
             absent: HashSet::new(),
             tried,
             subscribing: HashMap::new(),
+            missing: HashMap::new(),
         };
         new.ask_for_list();
         new
@@ -301,6 +338,7 @@ impl Supervisor {
                     }
                 }
                 _ = review.tick() => self.review_all(),
+                Ok(()) = self.entry.house.changed() => self.review_all(),
             }
         };
         tracing::info!(room = self.context.room, reason = %first.reason, "closing");
@@ -383,6 +421,12 @@ impl Supervisor {
         let identity = participant.identity();
         let selection = &self.room_context.terms().selection;
         !self.absent.contains(&participant.sid())
+            && self
+                .entry
+                .house
+                .borrow()
+                .audience
+                .includes(identity.as_str())
             && selection.participant(participant.kind(), identity.as_str(), &attributes)
     }
 
@@ -479,6 +523,32 @@ impl Supervisor {
             }
         }
         self.subscribing = waiting;
+        self.review_audience();
+    }
+
+    /// Says who of those for whom the room was joined is not there, until nobody is told any more.
+    fn review_audience(&mut self) {
+        let house = self.entry.house.borrow_and_update().clone();
+        let Audience::Only(audience) = house.audience else {
+            return self.missing.clear();
+        };
+        let there = self.room.remote_participants().into_values();
+        let there: HashSet<String> = there.map(|p| p.identity().to_string()).collect();
+        self.missing
+            .retain(|identity, _| audience.contains(identity) && !there.contains(identity));
+        for identity in audience
+            .into_iter()
+            .filter(|identity| !there.contains(identity))
+        {
+            let reviews = self.missing.entry(identity.clone()).or_default();
+            *reviews += 1;
+            if *reviews >= REVIEWS_TO_MISS {
+                // Else the next review says it.
+                let room = self.context.room.clone();
+                let missing = Missing { room, identity };
+                let _ = self.entry.missing.try_send(missing);
+            }
+        }
     }
 
     /// After a full reconnect the SDK tells of publications before it has a session that requests
@@ -634,9 +704,12 @@ impl Supervisor {
         // Rooms that were joined together do not ask together.
         let pause = every.mul_f64(0.75 + 0.5 * fastrand::f64());
         let (context, room) = (self.room_context.clone(), self.room.clone());
-        let name = self.context.room.clone();
+        let (name, look) = (self.context.room.clone(), self.entry.look.clone());
         self.lists.spawn(async move {
-            tokio::time::sleep(pause).await;
+            tokio::select! {
+                () = tokio::time::sleep(pause) => {}
+                () = look.notified() => {}
+            }
             list(&context, &name, &room).await
         });
     }
@@ -963,10 +1036,18 @@ async fn tell(room: Arc<Room>, mut trouble: watch::Receiver<Option<Arc<Trouble>>
 
 /// Sends transcripts to the room as LiveKit's front ends expect them: a text stream for each, of
 /// the topic `lk.transcription`, in the name of who spoke; and a packet.
-async fn publish(room: Arc<Room>, forms: ToRoom, mut transcripts: mpsc::Receiver<Transcript>) {
+async fn publish(
+    room: Arc<Room>,
+    house: watch::Receiver<House>,
+    mut transcripts: mpsc::Receiver<Transcript>,
+) {
     let us = room.local_participant();
     let mut sent_any = false;
     while let Some(transcript) = transcripts.recv().await {
+        let forms = house.borrow().transcripts;
+        if !forms.text && !forms.packets {
+            continue;
+        }
         if forms.packets {
             let sent = us.publish_transcription(packet(&transcript)).await;
             if let Err(error) = sent {

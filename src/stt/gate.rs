@@ -50,7 +50,16 @@ impl Limits {
 
 /// Cheap to clone; all clones are one gate.
 #[derive(Clone)]
-pub struct Gate(Arc<Inner>);
+pub struct Gate(Arc<Inner>, Asked);
+
+/// What the provider is asked for by those who come through here.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Asked {
+    /// What everybody asks for.
+    TheSame,
+    /// Something of their own: that it is refused says nothing of what others ask for.
+    TheirOwn,
+}
 
 struct Inner {
     state: Mutex<State>,
@@ -118,7 +127,7 @@ pub struct Standing {
 
 impl Gate {
     pub fn new(limits: Limits) -> Self {
-        Self(Arc::new(Inner {
+        let inner = Arc::new(Inner {
             state: Mutex::new(State {
                 limits,
                 held_back: None,
@@ -134,7 +143,13 @@ impl Gate {
             }),
             changed: Notify::new(),
             trouble: watch::Sender::new(None),
-        }))
+        });
+        Self(inner, Asked::TheSame)
+    }
+
+    /// The same gate, for those who ask the provider for something of their own.
+    pub fn for_own_settings(&self) -> Self {
+        Self(self.0.clone(), Asked::TheirOwn)
     }
 
     /// New limits, and perhaps another provider or key: what is known of the old one's health is
@@ -323,7 +338,8 @@ impl Gate {
     fn failed(&self, state: &mut State, now: Instant, failure: Failure) -> Option<Trouble> {
         let Limits { first, most, .. } = state.limits;
         let retry = failure.cause.retry();
-        if retry == Retry::ThisStream {
+        let theirs = matches!(failure.cause, Cause::Permission | Cause::BadRequest);
+        if retry == Retry::ThisStream || (theirs && self.1 == Asked::TheirOwn) {
             return None;
         }
         let tries = match &mut state.health {
@@ -630,6 +646,19 @@ mod tests {
             admission.proven();
         }
         assert_eq!(*gate.trouble().borrow(), None);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_some_ask_for_on_their_own_makes_nobody_else_wait_unless_it_is_the_key() {
+        let gate = gate(None);
+        let own = gate.for_own_settings();
+        for cause in [Cause::BadRequest, Cause::Permission] {
+            own.admit(0).await.over(&refused(cause));
+            assert_eq!(*gate.trouble().borrow(), None);
+        }
+        assert_eq!(gate.standing().held, 0, "it is the same gate");
+        own.admit(0).await.over(&refused(Cause::Authentication));
+        assert!(gate.trouble().borrow().is_some());
     }
 
     #[tokio::test(start_paused = true)]

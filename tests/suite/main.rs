@@ -12,6 +12,7 @@ mod close;
 mod command_line;
 mod cycles;
 mod dev;
+mod force_close;
 #[cfg(target_os = "linux")]
 mod frozen;
 mod killed;
@@ -35,3 +36,5 @@ mod streams;
 mod to_room;
 mod tone;
 mod vanish;
+mod webhooks;
+mod worker;
