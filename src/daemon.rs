@@ -10,13 +10,14 @@ use std::{
 use chrono::{DateTime, SecondsFormat, Utc};
 use serde::Serialize;
 use tokio::{
-    sync::watch,
+    sync::{mpsc, oneshot, watch},
     task::{Id, JoinSet},
     time::MissedTickBehavior,
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
+    board::{Board, Phase},
     close::{CloseOrder, order},
     config::{Config, SttConfig},
     domain::{CloseReason, backoff},
@@ -24,11 +25,12 @@ use crate::{
     ledger::{Counts, Ledger, Settled, unix_ms},
     registry::{OpenStream, Registry},
     reports::Webhook,
+    requests::{Answer, Exceptions, Refused, Request, Scope},
     room::{
         api::{ApiError, ListedRoom, RoomApi},
         departure,
         selection::{RoomSelection, Selection},
-        supervisor::{self, Ended, RoomContext, RoomEnd, Terms, ToRoom},
+        supervisor::{self, Asked, Ended, RoomContext, RoomEnd, Terms, ToRoom},
     },
     session::{Context, Settings, Stt},
     store::Store,
@@ -59,6 +61,9 @@ const SETTLING: Duration = Duration::from_millis(500);
 const LAST_RECEIPTS: Duration = Duration::from_secs(1);
 const LAST_RECEIPTS_BEYOND: Duration = Duration::from_millis(200);
 
+/// Requests that wait, for the daemon and for each room.
+const MAX_REQUESTS: usize = 64;
+
 /// What the receiver of usage reports is given for the last ones, within the deadline; what it does
 /// not take by then is sent at the next start.
 const LAST_REPORTS: Duration = Duration::from_secs(2);
@@ -67,7 +72,9 @@ const LAST_REPORTS: Duration = Duration::from_secs(2);
 pub struct Daemon {
     config: watch::Sender<Arc<Config>>,
     orders: watch::Sender<Option<CloseOrder>>,
+    requests: mpsc::Sender<Request>,
     registry: Registry,
+    gate: Gate,
     started: Instant,
     ready: watch::Receiver<bool>,
     report: watch::Receiver<Option<Arc<Report>>>,
@@ -160,8 +167,15 @@ impl Daemon {
         let (orders, ordered) = watch::channel(None);
         let (reporter, report) = watch::channel(None);
         let (started_well, ready) = watch::channel(false);
+        let (requests, requested) = mpsc::channel(MAX_REQUESTS);
+        let gate = gate(&config.stt, &registry);
         let (config, configured) = watch::channel(Arc::new(config));
-        let root = Root::new(configured.borrow().clone(), sinks, registry.clone());
+        let root = Root::new(
+            configured.borrow().clone(),
+            sinks,
+            registry.clone(),
+            gate.clone(),
+        );
         let (books, started) = (registry.clone(), Instant::now());
         // The root of the tree has no parent to register with; its end is the report. It is a task
         // within a task, so that a panic of it ends in a report as well.
@@ -170,7 +184,8 @@ impl Daemon {
             reason = "the root of the tree has no parent; its end is the report"
         )]
         tokio::spawn(async move {
-            let report = match tokio::spawn(root.run(configured, ordered, started_well)).await {
+            let life = root.run(configured, ordered, requested, started_well);
+            let report = match tokio::spawn(life).await {
                 Ok(report) => report,
                 Err(error) => after_defect(&books, started, &error.to_string()).await,
             };
@@ -179,7 +194,9 @@ impl Daemon {
         Self {
             config,
             orders,
+            requests,
             registry,
+            gate,
             started,
             ready,
             report,
@@ -207,6 +224,26 @@ impl Daemon {
 
     pub fn registry(&self) -> &Registry {
         &self.registry
+    }
+
+    pub fn gate(&self) -> &Gate {
+        &self.gate
+    }
+
+    /// Since when it runs.
+    pub fn started(&self) -> Instant {
+        self.started
+    }
+
+    /// Asks for something; it is under way, not done, when this returns. Cancel safe.
+    ///
+    /// # Errors
+    /// There is no such thing, or the daemon closes.
+    pub async fn ask(&self, request: impl FnOnce(Answer) -> Request) -> Result<(), Refused> {
+        let (answer, answered) = oneshot::channel();
+        let sent = self.requests.send(request(answer)).await;
+        sent.map_err(|_| Refused::Closing)?;
+        answered.await.unwrap_or(Err(Refused::Closing))
     }
 
     /// Orders the close of everything and returns at once. Again: a stronger order, an earlier
@@ -324,6 +361,7 @@ async fn after_defect(registry: &Registry, started: Instant, said: &str) -> Repo
     );
     let deadline = Instant::now() + AFTER_DEFECT;
     registry.seal();
+    registry.board().enter(Phase::Closing);
     registry.close_all(&CloseOrder {
         reason: CloseReason::OwnerLost,
         deadline,
@@ -378,6 +416,9 @@ struct Root {
     last_reports: CancellationToken,
     /// Rooms that ended or were not joined, by name.
     past: HashMap<String, Past>,
+    /// LiveKit has accepted the credentials.
+    ready: bool,
+    draining: bool,
     started: Instant,
 }
 
@@ -387,6 +428,8 @@ struct Running {
     sid: Option<String>,
     joined: Instant,
     orders: watch::Sender<Option<CloseOrder>>,
+    requests: mpsc::Sender<Request>,
+    exceptions: Exceptions,
 }
 
 /// What became of a room when we were in it last, or wanted to be.
@@ -398,6 +441,9 @@ struct Past {
     failures: u32,
     /// Of [`Ended`].
     tried: HashSet<String>,
+    /// It lives, and we are out of it only for a moment.
+    unfinished: bool,
+    exceptions: Exceptions,
 }
 
 impl Past {
@@ -440,7 +486,7 @@ fn terms(config: &Config) -> Arc<Terms> {
 }
 
 impl Root {
-    fn new(config: Arc<Config>, sinks: Sinks, registry: Registry) -> Self {
+    fn new(config: Arc<Config>, sinks: Sinks, registry: Registry, gate: Gate) -> Self {
         let (terms, current_terms) = watch::channel(terms(&config));
         let room_context = RoomContext {
             api: Arc::new(RoomApi::new(&config.livekit)),
@@ -455,7 +501,7 @@ impl Root {
             },
         };
         Self {
-            stt: watch::channel(stt(&config.stt, gate(&config.stt, &registry))).0,
+            stt: watch::channel(stt(&config.stt, gate)).0,
             terms,
             selection: RoomSelection::new(&config.rooms),
             room_context: Arc::new(room_context),
@@ -467,6 +513,8 @@ impl Root {
             reporter: JoinSet::new(),
             last_reports: CancellationToken::new(),
             past: HashMap::new(),
+            ready: false,
+            draining: false,
             started: Instant::now(),
         }
     }
@@ -475,6 +523,7 @@ impl Root {
         mut self,
         mut configs: watch::Receiver<Arc<Config>>,
         mut orders: watch::Receiver<Option<CloseOrder>>,
+        mut requests: mpsc::Receiver<Request>,
         ready: watch::Sender<bool>,
     ) -> Report {
         if let Some(store) = self.registry.ledger().store()
@@ -483,9 +532,15 @@ impl Root {
             let delivering = webhook.deliver(store.clone(), self.last_reports.clone());
             self.reporter.spawn(delivering);
         }
-        let mut poll = Poll::new(self.room_context.api.clone());
+        let board = self.registry.board().clone();
+        let mut poll = Poll::new(self.room_context.api.clone(), board.clone());
         poll.ask_for(&self.selection, &self.config);
         let (first, failure) = loop {
+            if self.drained() {
+                let reason = CloseReason::Shutdown("drained".into());
+                let deadline = self.deadline();
+                break (CloseOrder { reason, deadline }, None);
+            }
             tokio::select! {
                 biased;
                 new = orders.wait_for(Option::is_some) => {
@@ -505,9 +560,14 @@ impl Root {
                         poll.sooner(again);
                     }
                 }
+                Some(request) = requests.recv() => self.on_request(request),
                 listed = poll.next() => match listed {
                     Ok(rooms) => {
                         ready.send_replace(true);
+                        self.ready = true;
+                        if !self.draining {
+                            board.enter(Phase::Running);
+                        }
                         self.reconcile(rooms.as_deref());
                     }
                     Err(fatal) => {
@@ -518,7 +578,7 @@ impl Root {
                 },
             }
         };
-        drop(poll);
+        drop((poll, requests));
         self.close(first, orders).await;
         account(&self.registry, self.started, failure)
     }
@@ -557,6 +617,9 @@ impl Root {
             always.map(|name| (name.as_str(), None)).collect();
         if let Some(listed) = listed {
             let found = listed.iter().filter(|room| self.selection.fits(&room.name));
+            if self.draining {
+                wanted.clear();
+            }
             wanted.extend(found.map(|room| (room.name.as_str(), Some(room.sid.as_str()))));
             self.past.retain(|name, past| {
                 let sid = wanted.get(name.as_str());
@@ -564,9 +627,11 @@ impl Root {
             });
         }
         let running: HashSet<&str> = self.running.values().map(|r| r.name.as_str()).collect();
+        let is_ours = |name: &str| self.past.get(name).is_some_and(|past| past.unfinished);
         let joined: Vec<(String, Option<String>)> = wanted
             .into_iter()
             .filter(|(name, _)| !running.contains(name))
+            .filter(|(name, sid)| !self.draining || (is_ours(name) && sid.is_some()))
             .filter(|(name, _)| self.past.get(*name).is_none_or(|past| past.allows(now)))
             .map(|(name, sid)| (name.to_owned(), sid.map(str::to_owned)))
             .collect();
@@ -577,6 +642,7 @@ impl Root {
 
     fn join(&mut self, name: String, sid: Option<String>) {
         let (orders, ordered) = watch::channel(None);
+        let (requests, requested) = mpsc::channel(MAX_REQUESTS);
         let context = Context {
             room: name.clone(),
             registry: self.registry.clone(),
@@ -584,15 +650,27 @@ impl Root {
             sinks: self.sinks.clone(),
             to_room: None,
         };
-        let tried = self.past.get(&name).map(|past| past.tried.clone());
-        let tried = tried.unwrap_or_default();
-        let life = supervisor::supervise(self.room_context.clone(), context, tried, ordered);
+        let past = self.past.get(&name);
+        let tried = past.map(|past| past.tried.clone()).unwrap_or_default();
+        let exceptions = past.map(|past| past.exceptions.clone()).unwrap_or_default();
+        if self.draining {
+            // Cannot fail: the channel is new.
+            let _ = requests.try_send(Request::Drain(oneshot::channel().0));
+        }
+        let asked = Asked {
+            requests: requested,
+            exceptions: exceptions.clone(),
+        };
+        let room_context = self.room_context.clone();
+        let life = supervisor::supervise(room_context, context, tried, asked, ordered);
         let id = self.rooms.spawn(life).id();
         let running = Running {
             name,
             sid,
             joined: Instant::now(),
             orders,
+            requests,
+            exceptions,
         };
         self.running.insert(id, running);
     }
@@ -615,13 +693,17 @@ impl Root {
             }
         };
         let order = running.orders.borrow().clone();
-        let deselected = order.is_some_and(|order| order.reason == CloseReason::Deselected);
+        let reason = order.map(|order| order.reason);
+        let deselected = reason == Some(CloseReason::Deselected);
+        let unfinished = matches!(how, RoomEnd::Stale | RoomEnd::Failed(_));
         let name = running.name;
         let sid = sid.or(running.sid);
         let now = Instant::now();
         let (again, failures) = match how {
             // It lives, and may be selected again.
             RoomEnd::Closed if deselected => (Some(now), 0),
+            // Not while it lives.
+            _ if reason == Some(CloseReason::Requested) => (None, 0),
             // A list that was on its way, or lags, may still have it, and joining would make it
             // anew; one that is listed for longer lives.
             RoomEnd::Closed => (Some(now + LIST_LAG), 0),
@@ -655,9 +737,113 @@ impl Root {
             again,
             failures,
             tried,
+            unfinished: unfinished && again.is_some(),
+            exceptions: running.exceptions,
         };
         self.past.insert(name, past);
         again
+    }
+
+    fn on_request(&mut self, request: Request) {
+        let (answer, result): (Answer, _) = match request {
+            Request::Close(Scope::Room(name), answer) => (answer, self.close_requested(&name)),
+            Request::Reopen(Scope::Room(name), answer) => (answer, self.reopen(&name)),
+            Request::Close(scope, answer) => {
+                return self.pass_on(scope.room().to_owned(), answer, |answer| {
+                    Request::Close(scope, answer)
+                });
+            }
+            Request::Reopen(scope, answer) => {
+                return self.pass_on(scope.room().to_owned(), answer, |answer| {
+                    Request::Reopen(scope, answer)
+                });
+            }
+            Request::Drain(answer) => {
+                self.drain();
+                (answer, Ok(()))
+            }
+            Request::Undrain(answer) => {
+                self.undrain();
+                (answer, Ok(()))
+            }
+        };
+        // Who asked may have left.
+        let _ = answer.send(result);
+    }
+
+    fn pass_on(&self, room: String, answer: Answer, request: impl FnOnce(Answer) -> Request) {
+        let found = self.running.values().find(|running| running.name == room);
+        let refused = match found {
+            Some(running) if running.orders.borrow().is_none() => {
+                // If it takes no more, the answer is dropped, which says so.
+                let _ = running.requests.try_send(request(answer));
+                return;
+            }
+            Some(_) => Refused::Closing,
+            None => Refused::NoSuchRoom,
+        };
+        // Who asked may have left.
+        let _ = answer.send(Err(refused));
+    }
+
+    /// Closes a room, which is not joined again while it lives.
+    fn close_requested(&mut self, name: &str) -> Result<(), Refused> {
+        let grace = Duration::from_millis(self.config.stt.close_grace_ms);
+        let new = CloseOrder {
+            reason: CloseReason::Requested,
+            deadline: Instant::now() + grace,
+        };
+        if let Some(running) = self.running.values().find(|running| running.name == name) {
+            order(&running.orders, &new);
+            return Ok(());
+        }
+        // About to be joined again.
+        let past = self.past.get_mut(name).ok_or(Refused::NoSuchRoom)?;
+        (past.again, past.unfinished) = (None, false);
+        Ok(())
+    }
+
+    /// The next poll joins it.
+    fn reopen(&mut self, name: &str) -> Result<(), Refused> {
+        if self.past.get(name).is_some_and(|past| past.again.is_none()) {
+            self.past.remove(name);
+            return Ok(());
+        }
+        let mut running = self.running.values();
+        match running.find(|running| running.name == name) {
+            Some(running) if running.orders.borrow().is_some() => Err(Refused::Closing),
+            Some(_) => Ok(()),
+            None => Err(Refused::NoSuchRoom),
+        }
+    }
+
+    fn drain(&mut self) {
+        self.draining = true;
+        self.registry.board().enter(Phase::Draining);
+        for running in self.running.values() {
+            // One that takes no more has very much to do, and is told no later than it would have
+            // taken somebody new.
+            let _ = running
+                .requests
+                .try_send(Request::Drain(oneshot::channel().0));
+        }
+    }
+
+    fn undrain(&mut self) {
+        self.draining = false;
+        let past = self.past.values().map(|past| &past.exceptions);
+        let running = self.running.values().map(|running| &running.exceptions);
+        past.chain(running).for_each(Exceptions::undrain);
+        self.registry.board().enter(match self.ready {
+            true => Phase::Running,
+            false => Phase::Starting,
+        });
+    }
+
+    /// The last room of a daemon that drains is over.
+    fn drained(&self) -> bool {
+        let over = || self.past.values().all(|past| !past.unfinished);
+        self.draining && self.running.is_empty() && over()
     }
 
     /// The close path of the daemon: no new streams; all rooms at once, each in its own order;
@@ -666,6 +852,7 @@ impl Root {
         tracing::info!(reason = %first.reason, streams = self.registry.open_now(),
             rooms = self.running.len(), "closing");
         self.registry.seal();
+        self.registry.board().enter(Phase::Closing);
         let begun = Instant::now();
         let mut current = first;
         let mut owner_there = true;
@@ -742,6 +929,7 @@ impl Root {
 /// Asks for the rooms there are, over and over.
 struct Poll {
     api: Arc<RoomApi>,
+    board: Board,
     /// Which rooms to ask for: empty for all of them. `None` to never ask.
     names: Option<Vec<String>>,
     every: Duration,
@@ -752,9 +940,10 @@ struct Poll {
 }
 
 impl Poll {
-    fn new(api: Arc<RoomApi>) -> Self {
+    fn new(api: Arc<RoomApi>, board: Board) -> Self {
         Self {
             api,
+            board,
             names: None,
             every: Duration::MAX,
             next_at: Instant::now(),
@@ -794,6 +983,7 @@ impl Poll {
                     tracing::info!("LiveKit answers again");
                 }
                 (self.failures, self.worked) = (0, true);
+                self.board.livekit_failed(None);
                 self.next_at = Instant::now() + self.every;
                 Ok(Some(rooms))
             }
@@ -802,6 +992,7 @@ impl Poll {
                 let most = REJOIN_MOST.max(self.every);
                 let delay = backoff(self.failures, self.every, most, fastrand::f64());
                 tracing::error!(%error, ?delay, "cannot list rooms; will try again");
+                self.board.livekit_failed(Some(error.to_string()));
                 self.failures += 1;
                 self.next_at = Instant::now() + delay;
                 Ok(None)
@@ -942,6 +1133,8 @@ mod tests {
             again,
             failures: 0,
             tried: HashSet::new(),
+            unfinished: false,
+            exceptions: Exceptions::default(),
         }
     }
 

@@ -57,6 +57,8 @@ pub enum CloseReason {
     StreamFailed,
     /// The participant is still there and no longer one of those who are transcribed.
     Deselected,
+    /// Somebody asked for it, by the control API.
+    Requested,
     /// The participant is gone; LiveKit's disconnect reason in lower case.
     ParticipantLeft(String),
     /// The room is gone or we are out of it; LiveKit's disconnect reason in lower case.
@@ -74,6 +76,7 @@ impl fmt::Display for CloseReason {
             Self::TrackEnded => f.write_str("track ended"),
             Self::StreamFailed => f.write_str("stream failed"),
             Self::Deselected => f.write_str("no longer selected"),
+            Self::Requested => f.write_str("requested"),
             Self::ParticipantLeft(why) => write!(f, "participant left ({why})"),
             Self::RoomEnded(why) => write!(f, "room ended ({why})"),
             Self::OwnerLost => f.write_str("owner lost"),

@@ -2,6 +2,7 @@
 //! that each stream it opened was closed. See ARCHITECTURE.md for how.
 
 pub mod audio;
+pub mod board;
 mod check;
 pub mod cli;
 pub mod close;
@@ -21,6 +22,7 @@ pub mod notify;
 mod quota;
 pub mod registry;
 pub mod reports;
+pub mod requests;
 pub mod room;
 pub mod session;
 pub mod signals;

@@ -17,6 +17,7 @@ use tokio::sync::watch;
 use tokio_util::task::TaskTracker;
 
 use crate::{
+    board::{Board, What},
     close::{CloseOrder, order},
     domain::{CloseReason, Outcome, Service, StreamId, StreamKey, StreamTotals},
     journal::{Journal, Orphan},
@@ -31,6 +32,7 @@ pub struct Registry(Arc<Inner>);
 
 struct Inner {
     ledger: Ledger,
+    board: Board,
     journal: Option<Journal>,
     orphans: Vec<Orphan>,
     tasks: TaskTracker,
@@ -95,6 +97,7 @@ impl Registry {
     pub fn with_journal(ledger: Ledger, journal: Option<Journal>, orphans: Vec<Orphan>) -> Self {
         Self(Arc::new(Inner {
             ledger,
+            board: Board::default(),
             journal,
             orphans,
             tasks: TaskTracker::new(),
@@ -132,6 +135,7 @@ impl Registry {
         self.0.open_now.send_replace(book.open.len());
         drop(book);
         let ticket = self.journal().map(|journal| journal.enter(&entry));
+        self.board().tell(What::Stream(entry));
         Ok(Permit {
             ticket,
             admission,
@@ -155,6 +159,11 @@ impl Registry {
 
     pub fn ledger(&self) -> &Ledger {
         &self.0.ledger
+    }
+
+    /// Where those who watch look.
+    pub fn board(&self) -> &Board {
+        &self.0.board
     }
 
     pub fn journal(&self) -> Option<&Journal> {
@@ -246,11 +255,15 @@ impl Registry {
         let Some(entry) = book.open.get_mut(&id) else {
             return;
         };
+        let before = entry.state;
         change(entry);
         let entry = entry.clone();
         drop(book);
         if let Some(journal) = self.journal() {
             journal.update(&entry);
+        }
+        if entry.state != before {
+            self.board().tell(What::Stream(entry));
         }
     }
 
@@ -374,6 +387,7 @@ impl Permit {
         if let Some(admission) = self.admission.take() {
             admission.over(&settled.outcome);
         }
+        self.registry.board().settled(&settled);
         settled
     }
 }

@@ -18,6 +18,7 @@ use tokio::{
 
 use crate::{
     audio::{AudioLine, OpusPacket, Page, Span, TrackClock, samples, seconds},
+    board::{SessionCard, TrackCard, TrackState},
     close::{CloseOrder, now, order},
     config::{Encoding, SttConfig},
     domain::{CloseReason, Outcome, StreamKey, Transcript, backoff},
@@ -186,12 +187,14 @@ pub enum Command {
 pub async fn run(
     context: Arc<Context>,
     participant: String,
+    card: SessionCard,
     mut commands: mpsc::Receiver<Command>,
     mut orders: watch::Receiver<Option<CloseOrder>>,
 ) {
     let mut session = Session {
         context,
         participant,
+        card,
         tracks: JoinSet::new(),
         running: HashMap::new(),
     };
@@ -219,6 +222,7 @@ pub async fn run(
 struct Session {
     context: Arc<Context>,
     participant: String,
+    card: SessionCard,
     tracks: JoinSet<()>,
     running: HashMap<Id, Running>,
 }
@@ -235,7 +239,9 @@ impl Session {
         let over = self.context.within_grace(CloseReason::TrackEnded);
         self.remove(&track.sid, &over);
         let (orders, ordered) = watch::channel(None);
-        let transcriber = Transcriber::new(self.context.clone(), &self.participant, track.clone());
+        let card = self.card.track(&track.sid);
+        let (context, participant) = (self.context.clone(), &self.participant);
+        let transcriber = Transcriber::new(context, participant, track.clone(), card);
         let packets = (track.packets)();
         let task = self.tracks.spawn(transcriber.run(packets, ordered));
         self.running.insert(
@@ -329,6 +335,7 @@ async fn next_order(orders: &mut watch::Receiver<Option<CloseOrder>>) -> Option<
 struct Transcriber {
     context: Arc<Context>,
     key: StreamKey,
+    card: TrackCard,
     track: Arc<Track>,
     clock: TrackClock,
     /// When it was last seen to be muted.
@@ -362,7 +369,7 @@ struct Open {
 }
 
 impl Transcriber {
-    fn new(context: Arc<Context>, participant: &str, track: Arc<Track>) -> Self {
+    fn new(context: Arc<Context>, participant: &str, track: Arc<Track>, card: TrackCard) -> Self {
         let key = StreamKey {
             room: context.room.clone(),
             participant: participant.to_owned(),
@@ -370,6 +377,7 @@ impl Transcriber {
         };
         Self {
             key,
+            card,
             track,
             clock: TrackClock::default(),
             muted_at: None,
@@ -393,6 +401,7 @@ impl Transcriber {
                 page_ends = self.stt.page_ends();
             }
             let retry_at = self.retry_at;
+            self.show();
             tokio::select! {
                 biased;
                 new = next_order(&mut orders) => break new.unwrap_or_else(|| {
@@ -429,6 +438,19 @@ impl Transcriber {
         // Detached: no more audio is taken from the room.
         drop(packets);
         self.close(first, orders).await;
+    }
+
+    /// Puts on its card what it does now.
+    fn show(&mut self) {
+        let state = match &self.open {
+            Some(open) if open.closing => TrackState::Closing,
+            Some(_) => TrackState::Streaming,
+            None if self.waiting.is_some() => TrackState::Waiting,
+            None if self.retry_at.is_some() => TrackState::Retrying,
+            None => TrackState::Quiet,
+        };
+        let stream = self.open.as_ref().map(|open| open.stream.id());
+        self.card.tell(state, stream);
     }
 
     /// Takes the packets that have come since the last page. They wait for its end rather than wake
@@ -671,6 +693,7 @@ impl Transcriber {
     /// keeps.
     async fn close(mut self, first: CloseOrder, mut orders: watch::Receiver<Option<CloseOrder>>) {
         self.close_stream(&first);
+        self.show();
         let mut owner_there = true;
         while self.open.is_some() {
             tokio::select! {
@@ -801,7 +824,10 @@ mod tests {
         let (end, ended) = oneshot::channel();
         let sent = commands.try_send(Command::Add(track(ended)));
         assert!(sent.is_ok());
-        let session = tokio::spawn(run(Arc::new(context), "p".into(), received, ordered));
+        let room = registry.board().room("r");
+        let card = room.session("p", "PA_p");
+        let life = run(Arc::new(context), "p".into(), card, received, ordered);
+        let session = tokio::spawn(life);
 
         let connection = connections.recv().await.expect("a connection");
         tokio::time::sleep(IDLE).await;
