@@ -7,6 +7,7 @@ mod check;
 pub mod cli;
 pub mod close;
 pub mod config;
+mod control;
 pub mod daemon;
 #[cfg(feature = "rehearsal")]
 pub mod demo;
