@@ -64,7 +64,7 @@ struct State {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Phase {
-    /// LiveKit has not accepted the credentials yet.
+    /// LiveKit has not listed its rooms yet.
     #[default]
     Starting,
     Running,

@@ -283,16 +283,16 @@ async fn run(args: ConfigArgs, format: Option<LogFormat>) -> u8 {
         Ok(store) => store,
         Err(said) => return usage_error(&said),
     };
-    // With the journal, which nobody else has: a socket that an earlier run left may be replaced.
-    let bound = match Bound::bind(&config).await {
-        Ok(bound) => bound,
-        Err(said) => return usage_error(&said),
-    };
     let mut signals = match SignalSource::install() {
         Ok(signals) => signals,
         Err(error) => {
             return complain(EXIT_FAILURE, &format!("cannot listen for signals: {error}"));
         }
+    };
+    // With the journal, which nobody else has: a socket that an earlier run left may be replaced.
+    let bound = match Bound::bind(&config).await {
+        Ok(bound) => bound,
+        Err(said) => return usage_error(&said),
     };
     let watchdog = match Watchdog::start(&config.shutdown, EXIT_STUCK) {
         Ok(watchdog) => watchdog,

@@ -12,7 +12,7 @@ mod metrics;
 pub(crate) mod view;
 
 use std::{
-    sync::{Arc, Mutex, PoisonError},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -31,8 +31,6 @@ use crate::{board::What, daemon::Daemon, store};
 const MAX_LISTENERS: usize = 16;
 /// Queries of the ledger at once.
 const MAX_QUERIES: usize = 2;
-/// The kernel is asked for its sockets so often at most.
-const KERNEL_EVERY: Duration = Duration::from_millis(200);
 /// What clients are given to read the last answers.
 pub(crate) const LAST_ANSWERS: Duration = Duration::from_millis(100);
 
@@ -47,26 +45,17 @@ struct App {
     requests: Requests,
     listeners: Arc<Semaphore>,
     queries: Arc<Semaphore>,
-    kernel: Mutex<Option<(Instant, view::Open)>>,
     /// The API ends.
     ended: CancellationToken,
 }
 
 impl App {
-    /// Who counts how many open streams, at one moment not long ago.
+    /// Who counts how many open streams now.
     fn open(&self) -> view::Open {
-        let mut known = self.kernel.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some((at, open)) = &*known
-            && at.elapsed() < KERNEL_EVERY
-        {
-            return open.clone();
-        }
         let registry = self.daemon.registry();
         let before = registry.open();
         let kernel = registry.kernel_sockets();
-        let open = view::Open::new(&before, kernel, &registry.open());
-        *known = Some((Instant::now(), open.clone()));
-        open
+        view::Open::new(&before, kernel, &registry.open())
     }
 }
 
@@ -88,7 +77,6 @@ impl Control {
             requests: Requests::default(),
             listeners: Arc::new(Semaphore::new(MAX_LISTENERS)),
             queries: Arc::new(Semaphore::new(MAX_QUERIES)),
-            kernel: Mutex::default(),
             ended: ended.clone(),
         });
         let mut tasks = JoinSet::new();

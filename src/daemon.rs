@@ -416,8 +416,8 @@ struct Root {
     last_reports: CancellationToken,
     /// Rooms that ended or were not joined, by name.
     past: HashMap<String, Past>,
-    /// LiveKit has accepted the credentials.
-    ready: bool,
+    /// LiveKit has listed its rooms once.
+    answered: bool,
     draining: bool,
     started: Instant,
 }
@@ -513,7 +513,7 @@ impl Root {
             reporter: JoinSet::new(),
             last_reports: CancellationToken::new(),
             past: HashMap::new(),
-            ready: false,
+            answered: false,
             draining: false,
             started: Instant::now(),
         }
@@ -564,8 +564,8 @@ impl Root {
                 listed = poll.next() => match listed {
                     Ok(rooms) => {
                         ready.send_replace(true);
-                        self.ready = true;
-                        if !self.draining {
+                        self.answered |= rooms.is_some();
+                        if self.answered && !self.draining {
                             board.enter(Phase::Running);
                         }
                         self.reconcile(rooms.as_deref());
@@ -834,7 +834,7 @@ impl Root {
         let past = self.past.values().map(|past| &past.exceptions);
         let running = self.running.values().map(|running| &running.exceptions);
         past.chain(running).for_each(Exceptions::undrain);
-        self.registry.board().enter(match self.ready {
+        self.registry.board().enter(match self.answered {
             true => Phase::Running,
             false => Phase::Starting,
         });

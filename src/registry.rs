@@ -21,7 +21,7 @@ use crate::{
     close::{CloseOrder, order},
     domain::{CloseReason, Outcome, Service, StreamId, StreamKey, StreamTotals},
     journal::{Journal, Orphan},
-    kernel::{KnownSockets, SocketId},
+    kernel::{self, KnownSockets, SocketId},
     ledger::{CloseReceipt, Ledger, Settled, unix_ms},
     stt::gate::Admission,
 };
@@ -241,7 +241,9 @@ impl Registry {
     /// Sockets to the provider that the kernel says this process holds; `None` where the system
     /// doesn't tell.
     pub fn kernel_sockets(&self) -> Option<usize> {
-        self.book().sockets.held()
+        // First, so that nobody waits for the kernel.
+        let held = kernel::held()?;
+        Some(self.book().sockets.count(&held))
     }
 
     fn book(&self) -> MutexGuard<'_, Book> {

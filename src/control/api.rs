@@ -20,7 +20,13 @@ use chrono::SecondsFormat;
 use clap::ValueEnum;
 use serde::Deserialize;
 use tokio::time::Instant;
-use utoipa::openapi::OpenApi;
+use utoipa::{
+    OpenApi as _,
+    openapi::{
+        OpenApi, SecurityRequirement,
+        security::{Http, HttpAuthScheme, SecurityScheme},
+    },
+};
 use utoipa_axum::{router::OpenApiRouter, routes};
 
 use super::{
@@ -58,8 +64,24 @@ pub(super) fn router(app: Arc<App>) -> Router {
         .with_state(app)
 }
 
+/// The rest is from Cargo.toml.
+#[derive(utoipa::OpenApi)]
+#[openapi(info(
+    title = "roomwarden",
+    contact(),
+    description = "The control API. Errors have one shape, {\"error\": {\"code\", \"message\", \"fix\"}}. Who asks over TCP sends a token, if one is configured."
+))]
+struct Description;
+
 fn documented() -> OpenApiRouter<Arc<App>> {
-    OpenApiRouter::new()
+    let mut description = Description::openapi();
+    let components = description.components.get_or_insert_default();
+    let bearer = SecurityScheme::Http(Http::new(HttpAuthScheme::Bearer));
+    components.add_security_scheme("token", bearer);
+    // Without one, where none is configured.
+    let token = SecurityRequirement::new("token", [""; 0]);
+    description.security = Some(vec![token, SecurityRequirement::default()]);
+    OpenApiRouter::with_openapi(description)
         .routes(routes!(healthz))
         .routes(routes!(readyz))
         .routes(routes!(metrics::metrics))

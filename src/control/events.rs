@@ -145,7 +145,7 @@ fn said(event: &Event) -> Value {
             participant,
             sid,
         } => json!({ "room": room, "participant": participant, "sid": sid }),
-        What::Stream(stream) => json!({ "stream": Stream::from(stream) }),
+        What::Stream(stream) => json!({ "stream": Stream::at(stream, event.at_ms) }),
         What::Settled(settled) => json!({ "receipt": Receipt::from(&**settled) }),
         What::TroubleBegun(trouble) => json!({ "trouble": Trouble::from(&**trouble) }),
         What::TroubleOver(cause) => json!({ "cause": cause.name() }),

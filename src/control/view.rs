@@ -26,12 +26,6 @@ pub(super) fn time(unix_ms: u64) -> String {
     DateTime::<Utc>::from(time).to_rfc3339_opts(SecondsFormat::Millis, true)
 }
 
-/// Seconds since a moment of the wall clock, which may have been set meanwhile.
-fn age(unix_milliseconds: u64) -> f64 {
-    let age = unix_ms(SystemTime::now()).saturating_sub(unix_milliseconds);
-    age as f64 / 1000.0
-}
-
 /// How the daemon is.
 #[derive(Debug, Serialize, Deserialize, ToSchema)]
 pub(crate) struct Status {
@@ -339,6 +333,13 @@ pub(crate) struct Stream {
 
 impl From<&OpenStream> for Stream {
     fn from(stream: &OpenStream) -> Self {
+        Self::at(stream, unix_ms(SystemTime::now()))
+    }
+}
+
+impl Stream {
+    /// As it was at that Unix time, in milliseconds. The clock may have been set meanwhile.
+    pub fn at(stream: &OpenStream, now_ms: u64) -> Self {
         let (key, service) = (&stream.key, &stream.service);
         Self {
             id: stream.id.0,
@@ -351,7 +352,7 @@ impl From<&OpenStream> for Stream {
             encoding: service.encoding.clone(),
             state: stream.state.name().to_owned(),
             opened_at: time(stream.opened_at_ms),
-            age_seconds: age(stream.opened_at_ms),
+            age_seconds: now_ms.saturating_sub(stream.opened_at_ms) as f64 / 1000.0,
             request_id: stream.request_id.clone(),
         }
     }
