@@ -18,6 +18,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
     board::{Board, Phase},
+    budget,
     close::{CloseOrder, order},
     config::{Config, SttConfig},
     domain::{CloseReason, backoff},
@@ -48,6 +49,8 @@ const REJOIN_MOST: Duration = Duration::from_secs(30);
 const LIST_LAG: Duration = Duration::from_secs(10);
 /// A connection that lasted so long was a good one: the next failure is a first one.
 const GOOD_CONNECTION: Duration = Duration::from_secs(60);
+/// For what is to be known of the budget before the first stream.
+const FIRST_LOOK: Duration = Duration::from_secs(2);
 /// While closing: how often it is said what is still open.
 const PROGRESS_EVERY: Duration = Duration::from_secs(1);
 /// The part of the deadline after which streams are closed past their sessions: a session that
@@ -411,6 +414,8 @@ struct Root {
     room_context: Arc<RoomContext>,
     rooms: JoinSet<Ended>,
     running: HashMap<Id, Running>,
+    /// What goes on beside the rooms and ends with this.
+    keepers: JoinSet<()>,
     /// Delivers usage reports, if they are wanted; it ends with this once it is told.
     reporter: JoinSet<()>,
     last_reports: CancellationToken,
@@ -510,6 +515,7 @@ impl Root {
             registry,
             rooms: JoinSet::new(),
             running: HashMap::new(),
+            keepers: JoinSet::new(),
             reporter: JoinSet::new(),
             last_reports: CancellationToken::new(),
             past: HashMap::new(),
@@ -531,6 +537,16 @@ impl Root {
         {
             let delivering = webhook.deliver(store.clone(), self.last_reports.clone());
             self.reporter.spawn(delivering);
+        }
+        if self.registry.ledger().store().is_some()
+            && let Some(ledger) = self.config.ledger_file()
+        {
+            let gate = self.stt.borrow().gate.clone();
+            let mut budget = budget::Keeper::new(ledger, self.registry.clone(), gate);
+            // Before anything is opened, unless the disk hangs.
+            let look = budget.look(&self.config, Utc::now());
+            let _ = tokio::time::timeout(FIRST_LOOK, look).await;
+            self.keepers.spawn(budget.run(configs.clone()));
         }
         let board = self.registry.board().clone();
         let mut poll = Poll::new(self.room_context.api.clone(), board.clone());

@@ -3,6 +3,7 @@
 
 pub mod audio;
 pub mod board;
+mod budget;
 mod check;
 pub mod cli;
 pub mod close;

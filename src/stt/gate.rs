@@ -61,7 +61,11 @@ struct Inner {
 
 struct State {
     limits: Limits,
+    /// Why nobody is let in, whatever the provider says.
+    held_back: Option<Arc<Trouble>>,
     health: Health,
+    /// Why the provider lets nobody in.
+    refused: Option<Arc<Trouble>>,
     /// Streams that were let in and are not over.
     held: usize,
     /// Those of them whose handshake is under way.
@@ -115,7 +119,9 @@ impl Gate {
         Self(Arc::new(Inner {
             state: Mutex::new(State {
                 limits,
+                held_back: None,
                 health: Health::default(),
+                refused: None,
                 held: 0,
                 connecting: 0,
                 quarantined: Vec::new(),
@@ -134,8 +140,37 @@ impl Gate {
         let mut state = self.state();
         state.limits = limits;
         state.health = Health::default();
+        state.refused = None;
+        self.tell(state);
+    }
+
+    /// Lets nobody in for this reason, or does so no longer.
+    pub fn hold(&self, trouble: Option<Trouble>) {
+        let mut state = self.state();
+        match (&state.held_back, &trouble) {
+            (None, None) => return,
+            // The same, in words that differ.
+            (Some(was), Some(is)) if was.is_same(is) => return,
+            (_, Some(trouble)) => trouble.log(),
+            (Some(was), None) => {
+                let cause = was.failure.cause.name();
+                tracing::info!(cause, "streams may be opened again");
+            }
+        }
+        state.held_back = trouble.map(Arc::new);
+        self.tell(state);
+    }
+
+    /// After a change: who waits looks again, and whoever is interested is told of the trouble.
+    fn tell(&self, state: MutexGuard<'_, State>) {
+        let trouble = state.held_back.as_ref().or(state.refused.as_ref()).cloned();
         drop(state);
-        self.0.trouble.send_replace(None);
+        let tell = |told: &mut Option<Arc<Trouble>>| {
+            let differs = *told != trouble;
+            *told = trouble;
+            differs
+        };
+        self.0.trouble.send_if_modified(tell);
         self.0.changed.notify_waiters();
     }
 
@@ -173,6 +208,17 @@ impl Gate {
         self.0.trouble.subscribe()
     }
 
+    /// Whether somebody waits for a place that a stream takes.
+    pub fn is_crowded(&self) -> bool {
+        let mut state = self.state();
+        if state.queue.is_empty() {
+            return false;
+        }
+        state.forget(now());
+        let taken = state.held + state.quarantined.len();
+        state.limit().is_some_and(|limit| taken >= limit)
+    }
+
     pub fn standing(&self) -> Standing {
         let mut state = self.state();
         state.forget(now());
@@ -188,6 +234,9 @@ impl Gate {
     /// Whether one more may be let in now; if not, when to look again unless something changes.
     fn may_enter(&self, state: &mut State, now: Instant) -> Result<(), Option<Instant>> {
         state.forget(now);
+        if state.held_back.is_some() {
+            return Err(None);
+        }
         let taken = state.held + state.quarantined.len();
         let forgotten = state.quarantined.iter().min().copied();
         if state.limits.streams.is_some_and(|limit| taken >= limit) {
@@ -216,8 +265,7 @@ impl Gate {
             }
             // In the place of another: that one more can be had is not shown, but may be tried now.
             Health::Paused { places, .. } if state.held <= places => {
-                drop(state);
-                return self.0.changed.notify_waiters();
+                return self.tell(state);
             }
             Health::Paused { tries, .. } => (1, tries),
             Health::Recovering { width, tries } => (width * 2, tries),
@@ -227,12 +275,11 @@ impl Gate {
         } else {
             Health::Recovering { width, tries }
         };
-        drop(state);
-        if let Some(trouble) = self.0.trouble.send_replace(None) {
+        if let Some(trouble) = state.refused.take() {
             let cause = trouble.failure.cause.name();
             tracing::info!(cause, "the STT provider takes streams again");
         }
-        self.0.changed.notify_waiters();
+        self.tell(state);
     }
 
     /// Who was let in gives the place back, and what became of the stream may make others wait.
@@ -257,16 +304,11 @@ impl Gate {
         let unanswered =
             matches!(outcome, Some(Outcome::TimedOut { phase }) if *phase != Phase::Connecting);
         let failure = failure.filter(|_| !unanswered);
-        let trouble = failure.and_then(|failure| self.failed(&mut state, now, failure));
-        drop(state);
-        if let Some(trouble) = trouble {
-            let wait = trouble.until.saturating_duration_since(now);
-            let (cause, advice) = (trouble.failure.cause.name(), trouble.failure.cause.advice());
-            let (what, retry_in_ms) = (trouble.what(), wait.as_millis() as u64);
-            tracing::error!(cause, advice, retry_in_ms, "{what}: {}", trouble.failure);
-            self.0.trouble.send_replace(Some(Arc::new(trouble)));
+        if let Some(trouble) = failure.and_then(|failure| self.failed(&mut state, now, failure)) {
+            trouble.log();
+            state.refused = Some(Arc::new(trouble));
         }
-        self.0.changed.notify_waiters();
+        self.tell(state);
     }
 
     /// Draws the conclusions of a failure: the trouble that everybody is now in, if so.

@@ -45,6 +45,7 @@ async fn next_packet(
         payload: FRAME.into(),
         timestamp: n * 960,
         sequence: n.into(),
+        level: None,
         received_at: Instant::now(),
     };
     Some((packet, (ticks, n + 1, frames)))
@@ -58,13 +59,14 @@ fn track(number: usize, lasts: Duration) -> Track {
         sid: format!("TR_{number}"),
         packets: Box::new(move || Box::pin(packets())),
         muted: Box::new(|| false),
+        priority: Box::new(|| 0),
     }
 }
 
-/// Sessions of one process.
-struct Sessions {
+/// Sessions of one process, without a room: p0, p1 and so on, with a track each.
+pub struct Sessions {
     registry: Registry,
-    gate: Gate,
+    pub gate: Gate,
     orders: watch::Sender<Option<CloseOrder>>,
     tasks: JoinSet<()>,
     commands: Vec<mpsc::Sender<Command>>,
@@ -72,6 +74,11 @@ struct Sessions {
 
 impl Sessions {
     fn start(config: &SttConfig, count: usize, lasts: Duration) -> Self {
+        let tracks = (0..count).map(|number| track(number, lasts));
+        Self::of(config, Sinks::default(), tracks)
+    }
+
+    pub fn of(config: &SttConfig, sinks: Sinks, tracks: impl Iterator<Item = Track>) -> Self {
         let registry = Registry::new(Ledger::default());
         let gate = Gate::new(Limits::new(config));
         let stt = Stt::new(Provider::new(config), Settings::new(config), gate.clone());
@@ -79,14 +86,14 @@ impl Sessions {
             room: "none".to_owned(),
             registry: registry.clone(),
             stt: watch::channel(Arc::new(stt)).1,
-            sinks: Sinks::default(),
+            sinks,
             to_room: None,
         });
         let (orders, _) = watch::channel(None);
         let (mut tasks, mut all) = (JoinSet::new(), Vec::new());
-        for number in 0..count {
+        for (number, track) in tracks.enumerate() {
             let (commands, received) = mpsc::channel(4);
-            let add = commands.try_send(Command::Add(track(number, lasts)));
+            let add = commands.try_send(Command::Add(track));
             assert!(add.is_ok());
             all.push(commands);
             let name = format!("p{number}");
@@ -108,7 +115,7 @@ impl Sessions {
         }
     }
 
-    async fn close(mut self) {
+    pub async fn close(mut self) {
         let reason = CloseReason::Shutdown("test".to_owned());
         let deadline = Instant::now() + LIMIT;
         order(&self.orders, &CloseOrder { reason, deadline });
@@ -122,7 +129,7 @@ impl Sessions {
     }
 }
 
-fn quickly(stage: &Stage) -> SttConfig {
+pub fn quickly(stage: &Stage) -> SttConfig {
     let mut config = stage.config().stt;
     config.retry_first_ms = 100;
     config.retry_most_ms = 1000;

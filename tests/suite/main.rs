@@ -21,6 +21,7 @@ mod limits;
 mod lost;
 mod matrix;
 #[cfg(target_os = "linux")]
+mod parking;
 mod pid1;
 mod refused;
 mod rehearsal;
