@@ -819,10 +819,12 @@ impl Root {
         Ok(())
     }
 
-    /// The next poll joins it.
+    /// The next poll joins it. Who was closed in it stays so.
     fn reopen(&mut self, name: &str) -> Result<(), Refused> {
-        if self.past.get(name).is_some_and(|past| past.again.is_none()) {
-            self.past.remove(name);
+        if let Some(past) = self.past.get_mut(name)
+            && past.again.is_none()
+        {
+            past.again = Some(Instant::now());
             return Ok(());
         }
         let mut running = self.running.values();

@@ -49,6 +49,8 @@ const DEFAULT_LAST: usize = 100;
 const MAX_FILTER: usize = 4096;
 /// For a body to come.
 const BODY_LIMIT: Duration = Duration::from_secs(10);
+/// For an order to be taken.
+const ASK_LIMIT: Duration = Duration::from_secs(10);
 /// What a close may take beyond the time that its streams have: to leave a room.
 const BEYOND_GRACE: Duration = Duration::from_secs(5);
 
@@ -391,9 +393,7 @@ async fn reopen_room(
 ) -> Answer<State> {
     let Path(room) = room?;
     let scope = Scope::Room(room);
-    app.daemon
-        .ask(|answer| Request::Reopen(scope, answer))
-        .await?;
+    ask(&app, |answer| Request::Reopen(scope, answer)).await??;
     Ok(Json(state(&app)))
 }
 
@@ -414,9 +414,7 @@ async fn reopen_participant(
 ) -> Answer<State> {
     let Path((room, identity)) = path?;
     let scope = Scope::Participant { room, identity };
-    app.daemon
-        .ask(|answer| Request::Reopen(scope, answer))
-        .await?;
+    ask(&app, |answer| Request::Reopen(scope, answer)).await??;
     Ok(Json(state(&app)))
 }
 
@@ -426,7 +424,7 @@ async fn reopen_participant(
     (status = "4XX", description = "Refused", body = ErrorBody),
 ))]
 async fn drain(AppState(app): AppState<Arc<App>>) -> Answer<State> {
-    app.daemon.ask(Request::Drain).await?;
+    ask(&app, Request::Drain).await??;
     Ok(Json(state(&app)))
 }
 
@@ -436,7 +434,7 @@ async fn drain(AppState(app): AppState<Arc<App>>) -> Answer<State> {
     (status = "4XX", description = "Refused", body = ErrorBody),
 ))]
 async fn undrain(AppState(app): AppState<Arc<App>>) -> Answer<State> {
-    app.daemon.ask(Request::Undrain).await?;
+    ask(&app, Request::Undrain).await??;
     Ok(Json(state(&app)))
 }
 
@@ -460,6 +458,15 @@ async fn log(AppState(app): AppState<Arc<App>>, request: HttpRequest) -> Answer<
     (app.refilter)(&new.filter).map_err(|said| ApiError::bad_request(said, fix))?;
     tracing::info!(filter = new.filter, "log.filter is changed by request");
     Ok(Json(new))
+}
+
+/// Asks the daemon, whose root, or a room, may be stuck by a defect.
+async fn ask(
+    app: &App,
+    request: impl FnOnce(crate::requests::Answer) -> Request,
+) -> Result<Result<(), Refused>, ApiError> {
+    let asked = tokio::time::timeout(ASK_LIMIT, app.daemon.ask(request)).await;
+    asked.map_err(|_| ApiError::stuck())
 }
 
 /// A part of the tree that is being closed, as far as it is there.
@@ -557,7 +564,7 @@ async fn close(
     let mut changes = registry.board().changes();
     let mut closing = Closing::new(scope.clone(), app);
     let there = !closing.cards.is_empty() || !closing.streams.is_empty();
-    match app.daemon.ask(|answer| Request::Close(scope, answer)).await {
+    match ask(app, |answer| Request::Close(scope, answer)).await? {
         Ok(()) => {}
         // It is under way already; or its owner is lost, and it is closing by itself.
         Err(Refused::Closing) if there => {}

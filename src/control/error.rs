@@ -37,8 +37,15 @@ pub(crate) struct ApiError {
     code: &'static str,
     message: String,
     fix: String,
-    /// A header that belongs to it.
-    header: Option<(header::HeaderName, HeaderValue)>,
+    header: Extra,
+}
+
+/// A header that belongs to it.
+#[derive(Debug)]
+enum Extra {
+    None,
+    Bearer,
+    RetryAfter(u64),
 }
 
 impl ApiError {
@@ -53,14 +60,13 @@ impl ApiError {
             code,
             message: message.into(),
             fix: fix.into(),
-            header: None,
+            header: Extra::None,
         }
     }
 
     pub fn unauthorized(message: &str, fix: &str) -> Self {
-        let bearer = HeaderValue::from_static("Bearer");
         Self {
-            header: Some((header::WWW_AUTHENTICATE, bearer)),
+            header: Extra::Bearer,
             ..Self::new(StatusCode::UNAUTHORIZED, "unauthorized", message, fix)
         }
     }
@@ -68,7 +74,7 @@ impl ApiError {
     pub fn too_often(code: &'static str, message: &str, after_seconds: u64) -> Self {
         let fix = format!("try again in {after_seconds} s");
         Self {
-            header: Some((header::RETRY_AFTER, after_seconds.into())),
+            header: Extra::RetryAfter(after_seconds),
             ..Self::new(StatusCode::TOO_MANY_REQUESTS, code, message, fix)
         }
     }
@@ -126,6 +132,15 @@ impl ApiError {
         )
     }
 
+    pub fn stuck() -> Self {
+        Self::new(
+            StatusCode::SERVICE_UNAVAILABLE,
+            "stuck",
+            "the daemon does not take the request",
+            "see the log; SIGTERM ends it in time, whatever it does",
+        )
+    }
+
     pub fn defect() -> Self {
         Self::new(
             StatusCode::INTERNAL_SERVER_ERROR,
@@ -151,9 +166,12 @@ impl IntoResponse for ApiError {
             },
         };
         let mut response = (self.status, Json(body)).into_response();
-        if let Some((name, value)) = self.header {
-            response.headers_mut().insert(name, value);
-        }
+        let (name, value) = match self.header {
+            Extra::None => return response,
+            Extra::Bearer => (header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer")),
+            Extra::RetryAfter(seconds) => (header::RETRY_AFTER, seconds.into()),
+        };
+        response.headers_mut().insert(name, value);
         response
     }
 }

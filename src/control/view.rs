@@ -109,7 +109,7 @@ impl From<&failure::Trouble> for Trouble {
             message: format!("{}: {}", trouble.what(), trouble.failure),
             fix: cause.advice().to_owned(),
             retry_in_seconds: wait.as_secs_f64(),
-            blocks_all: cause != Cause::Concurrency,
+            blocks_all: blocks_all(cause),
         }
     }
 }
@@ -193,12 +193,18 @@ pub(super) fn not_ready(daemon: &Daemon) -> Option<String> {
         Phase::Closing => return Some("it is closing".to_owned()),
         Phase::Running => {}
     }
-    if let Some(said) = board.livekit() {
-        return Some(format!("LiveKit does not list its rooms: {said}"));
+    // Not in their words: probes are answered to everybody.
+    if board.livekit().is_some() {
+        return Some("LiveKit does not list its rooms".to_owned());
     }
-    let trouble = daemon.gate().trouble().borrow().clone();
-    let trouble = trouble.as_deref().map(Trouble::from)?;
-    trouble.blocks_all.then_some(trouble.message)
+    let trouble = daemon.gate().trouble().borrow().clone()?;
+    let cause = trouble.failure.cause;
+    blocks_all(cause).then(|| format!("{}: {}", trouble.what(), cause.meaning()))
+}
+
+/// Else as many streams as there are go on, and who waits comes in as they end.
+fn blocks_all(cause: Cause) -> bool {
+    cause != Cause::Concurrency
 }
 
 impl Status {

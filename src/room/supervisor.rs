@@ -478,8 +478,8 @@ impl Supervisor {
             return Ok(());
         };
         for participant in participants {
-            let publications = participant.track_publications().into_values();
-            for publication in publications.filter(|p| p.sid().as_str() == wanted) {
+            let mut publications = participant.track_publications().into_values();
+            if let Some(publication) = publications.find(|p| p.sid().as_str() == wanted) {
                 self.asked.exceptions.close(wanted)?;
                 self.end_track(&participant, publication.sid(), CloseReason::Requested);
                 publication.set_subscribed(false);

@@ -540,6 +540,37 @@ async fn what_is_closed_by_request_is_acknowledged_and_not_opened_again() {
     stage.end().await;
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn who_is_silent_is_shown_as_parked() {
+    let stage = Stage::new().await;
+    let daemon = Daemon::start(&stage, &[("ROOMWARDEN__STT__PARK_AFTER_MS", "500")]).await;
+    let alice = stage.speaker("r", "alice").await;
+    stage.streaming(1).await;
+    alice.mute();
+    stage.open(0).await;
+    daemon.status(|s| s["tracks"]["parked"] == 1).await;
+    let streams = daemon.get("/api/v1/streams").await.ok();
+    let parked = &streams["parked"][0];
+    assert_eq!(
+        (&parked["participant"], &parked["state"]),
+        (&json!("alice"), &json!("parked"))
+    );
+    assert_eq!(streams["open"], json!([]));
+    let said = says(&stage, &["streams"], EXIT_OK).await;
+    assert!(
+        said.lines()
+            .any(|line| line.starts_with("parked") && line.contains("alice")),
+        "{said}"
+    );
+    alice.unmute();
+    daemon
+        .status(|s| s["tracks"]["streaming"] == 1 && s["tracks"]["parked"] == 0)
+        .await;
+    daemon.end(EXIT_OK).await;
+    alice.leave().await;
+    stage.end().await;
+}
+
 /// A provider that does not answer: the caller is told what became of it, and waits no longer than
 /// the grace; or does not wait at all.
 #[tokio::test(flavor = "multi_thread")]
@@ -664,7 +695,11 @@ async fn trouble_is_shown_and_makes_it_not_ready() {
     daemon.status(|s| s["tracks"]["waiting"] == 1).await;
     let ready = daemon.get("/readyz").await;
     assert_eq!(ready.status, 503);
-    assert!(ready.body.contains("402"), "{}", ready.body);
+    assert!(ready.body.contains("credit is used up"), "{}", ready.body);
+    assert!(
+        !ready.body.contains("hush"),
+        "the provider's words are not for everybody"
+    );
     let errors = daemon.get("/api/v1/errors?last=1").await.ok();
     let failure = &errors[0]["failure"];
     assert_eq!(
@@ -1189,6 +1224,9 @@ async fn what_is_too_much_or_from_elsewhere_is_refused() {
     let refused = answer(daemon.send(&head).await).await;
     assert_eq!(refused.status, 431);
 
+    // Who does not come to the end of a head is not waited for; see below.
+    let mut slow = daemon.send(&head[..100]).await;
+
     // As many listeners as may, and then no more.
     let mut listeners = Vec::new();
     for _ in 0..16 {
@@ -1229,6 +1267,9 @@ async fn what_is_too_much_or_from_elsewhere_is_refused() {
     assert_eq!(answers, [200, 429].into());
     // Who looks is not held up by that.
     assert_eq!(daemon.get(status).await.status, 200);
+
+    let closed = timeout(LIMIT, slow.read(&mut byte)).await.expect("closed");
+    assert!(closed.is_ok(), "{closed:?}");
 
     let said = says(&stage, &["log", "a=b=c"], EXIT_USAGE).await;
     assert!(said.contains("a=b=c"), "{said}");
