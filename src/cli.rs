@@ -9,7 +9,8 @@ use std::{
 };
 
 use anstream::ColorChoice;
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, CommandFactory, Parser, Subcommand};
+use clap_complete::Shell;
 use tokio::sync::{Notify, mpsc};
 use tracing_subscriber::{EnvFilter, reload};
 use url::Url;
@@ -17,6 +18,10 @@ use url::Url;
 use crate::{
     check,
     config::{Config, ConfigError, Flag, LogFormat, StateConfig},
+    control::{
+        self, Bound, Control,
+        command::{self, CloseArgs, EventsArgs, LogArgs, PlainArgs, ReopenArgs},
+    },
     daemon::{Daemon, Failure, Report},
     dispatch::{self, DispatchArgs},
     force_close::{self, ForceCloseArgs},
@@ -90,8 +95,22 @@ enum Command {
     ForceClose(ForceCloseArgs),
     /// Show what was used: streams, minutes and cost, from the ledger
     Usage(UsageArgs),
+    /// Show how the daemon is, and how many streams are open, by whose count
+    Status(PlainArgs),
     /// Show the streams that are open, and the last ones that are over
     Streams(StreamsArgs),
+    /// Close a stream, a participant's or a room's, in order, and show the receipts
+    Close(CloseArgs),
+    /// Take back that a participant or a room was closed
+    Reopen(ReopenArgs),
+    /// Take no new rooms and participants, and end with the last room
+    Drain(PlainArgs),
+    /// Take new rooms and participants again
+    Undrain(PlainArgs),
+    /// Show what happens, as it happens
+    Events(EventsArgs),
+    /// Set what the daemon logs, until its configuration is read anew
+    Log(LogArgs),
     /// Show how much is used this month, here and by the provider, and how much is left
     Quota(QuotaArgs),
     /// Compare the receipts with the provider's list of requests
@@ -109,6 +128,8 @@ enum Command {
     /// Run the embedded room and STT servers alone
     #[cfg(feature = "rehearsal")]
     Rehearsal(crate::demo::RehearsalArgs),
+    /// Print a script that completes this command in a shell
+    Completions { shell: Shell },
     /// Print the version
     Version,
 }
@@ -202,7 +223,14 @@ pub fn main() -> ExitCode {
             Command::Dispatch(args) => dispatch::dispatch(args, format).await,
             Command::ForceClose(args) => force_close::force_close(args, format).await,
             Command::Usage(args) => usage::usage(args, format),
-            Command::Streams(args) => usage::streams(args, format),
+            Command::Status(args) => command::status(args, format).await,
+            Command::Streams(args) => usage::streams(args, format).await,
+            Command::Close(args) => command::close(args, format).await,
+            Command::Reopen(args) => command::reopen(args, format).await,
+            Command::Drain(args) => command::drain(args, format).await,
+            Command::Undrain(args) => command::undrain(args, format).await,
+            Command::Events(args) => command::events(args, format).await,
+            Command::Log(args) => command::log(args, format).await,
             Command::Quota(args) => quota::quota(args, format).await,
             Command::Audit(args) => quota::audit(args, format).await,
             #[cfg(feature = "rehearsal")]
@@ -211,6 +239,7 @@ pub fn main() -> ExitCode {
             Command::Dev(args) => crate::demo::dev(args, format).await,
             #[cfg(feature = "rehearsal")]
             Command::Rehearsal(args) => crate::demo::rehearsal(args, format).await,
+            Command::Completions { shell } => completions(shell),
             Command::Version => match writeln!(io::stdout(), "roomwarden {VERSION}") {
                 Ok(()) => EXIT_OK,
                 Err(error) => complain(EXIT_FAILURE, &error.to_string()),
@@ -219,6 +248,15 @@ pub fn main() -> ExitCode {
     });
     runtime.shutdown_timeout(RUNTIME_SHUTDOWN);
     ExitCode::from(code)
+}
+
+fn completions(shell: Shell) -> u8 {
+    let mut script = Vec::new();
+    clap_complete::generate(shell, &mut Cli::command(), "roomwarden", &mut script);
+    match io::stdout().write_all(&script) {
+        Ok(()) => EXIT_OK,
+        Err(error) => complain(EXIT_FAILURE, &error.to_string()),
+    }
 }
 
 async fn run(args: ConfigArgs, format: Option<LogFormat>) -> u8 {
@@ -259,6 +297,11 @@ async fn run(args: ConfigArgs, format: Option<LogFormat>) -> u8 {
             return complain(EXIT_FAILURE, &format!("cannot listen for signals: {error}"));
         }
     };
+    // With the journal, which nobody else has: a socket that an earlier run left may be replaced.
+    let bound = match Bound::bind(&config).await {
+        Ok(bound) => bound,
+        Err(said) => return usage_error(&said),
+    };
     let watchdog = match Watchdog::start(&config.shutdown, EXIT_STUCK) {
         Ok(watchdog) => watchdog,
         Err(error) => {
@@ -286,6 +329,12 @@ async fn run(args: ConfigArgs, format: Option<LogFormat>) -> u8 {
         Err(error) => tracing::warn!(%error, "the service manager can't be told"),
     }
     let log = Arc::new(log);
+    let refilter = log.clone();
+    let control = Control::start(
+        bound,
+        daemon.clone(),
+        Box::new(move |filter| refilter.filter_as_asked(filter)),
+    );
     let reloader = Arc::new(Reloader {
         args,
         format,
@@ -304,6 +353,8 @@ async fn run(args: ConfigArgs, format: Option<LogFormat>) -> u8 {
         Ending::Abandoned => daemon.account(),
     };
     let until = Instant::now() + LAST_LINES;
+    // Last of all that can be watched, and out of the time for the last lines.
+    control.end(Instant::now() + control::LAST_ANSWERS).await;
     if ending == Ending::Closed {
         sinks.flush(until);
     }
@@ -474,7 +525,16 @@ impl Log {
 
     /// From now on. `RUST_LOG` still wins.
     fn filter_by(&self, filter: &str) -> Result<(), String> {
-        let refiltered = (self.refilter)(self::filter(filter)?);
+        self.set(self::filter(filter)?)
+    }
+
+    /// From now on, whatever `RUST_LOG` says.
+    fn filter_as_asked(&self, filter: &str) -> Result<(), String> {
+        self.set(parsed("filter", filter)?)
+    }
+
+    fn set(&self, filter: EnvFilter) -> Result<(), String> {
+        let refiltered = (self.refilter)(filter);
         refiltered.map_err(|error| format!("log.filter can't be changed: {error}"))
     }
 }
@@ -485,6 +545,10 @@ fn filter(configured: &str) -> Result<EnvFilter, String> {
         Ok(filter) if !filter.is_empty() => ("RUST_LOG", filter),
         _ => ("log.filter", configured.to_owned()),
     };
+    parsed(name, &filter)
+}
+
+fn parsed(name: &str, filter: &str) -> Result<EnvFilter, String> {
     // Says something of each packet, at level info. Who names it has the last word.
     let quiet = format!("turn_client_proto=warn,{filter}");
     EnvFilter::try_new(quiet).map_err(|error| format!("{name} is {filter:?}: {error}"))

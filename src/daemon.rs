@@ -12,13 +12,14 @@ use std::{
 use chrono::{DateTime, SecondsFormat, Utc};
 use serde::Serialize;
 use tokio::{
-    sync::{Notify, mpsc, watch},
+    sync::{Notify, mpsc, oneshot, watch},
     task::{Id, JoinSet},
     time::MissedTickBehavior,
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
+    board::{Board, Phase},
     budget,
     close::{CloseOrder, order},
     config::{Config, SttConfig},
@@ -28,12 +29,13 @@ use crate::{
     overrides::Overrides,
     registry::{OpenStream, Registry},
     reports::Webhook,
+    requests::{Answer, Exceptions, Refused, Request, Scope},
     room::{
         api::{ApiError, ListedRoom, RoomApi},
         claims::Claims,
         departure,
         selection::{RoomSelection, Selection},
-        supervisor::{self, Ended, Entry, House, Missing, RoomContext, RoomEnd, Terms},
+        supervisor::{self, Asked, Ended, Entry, House, Missing, RoomContext, RoomEnd, Terms},
     },
     session::{Context, Settings, Stt},
     store::Store,
@@ -43,7 +45,7 @@ use crate::{
     },
     transcripts::Sinks,
     webhooks::Hints,
-    worker::{Line, rescue::Rescue},
+    worker::{Command, Line, rescue::Rescue},
 };
 
 /// Joining a room again after its connection failed.
@@ -74,6 +76,9 @@ const SETTLING: Duration = Duration::from_millis(500);
 const LAST_RECEIPTS: Duration = Duration::from_secs(1);
 const LAST_RECEIPTS_BEYOND: Duration = Duration::from_millis(200);
 
+/// Requests that wait, for the daemon and for each room.
+const MAX_REQUESTS: usize = 64;
+
 /// What the receiver of usage reports is given for the last ones, within the deadline; what it does
 /// not take by then is sent at the next start.
 const LAST_REPORTS: Duration = Duration::from_secs(2);
@@ -82,8 +87,10 @@ const LAST_REPORTS: Duration = Duration::from_secs(2);
 pub struct Daemon {
     config: watch::Sender<Arc<Config>>,
     orders: watch::Sender<Option<CloseOrder>>,
+    requests: mpsc::Sender<Request>,
     registry: Registry,
     hints: Hints,
+    gate: Gate,
     started: Instant,
     ready: watch::Receiver<bool>,
     report: watch::Receiver<Option<Arc<Report>>>,
@@ -176,9 +183,17 @@ impl Daemon {
         let (orders, ordered) = watch::channel(None);
         let (reporter, report) = watch::channel(None);
         let (started_well, ready) = watch::channel(false);
+        let (requests, requested) = mpsc::channel(MAX_REQUESTS);
+        let gate = gate(&config.stt, &registry);
         let (config, configured) = watch::channel(Arc::new(config));
         let (hints, hinted) = Hints::new();
-        let root = Root::new(configured.borrow().clone(), sinks, registry.clone(), hinted);
+        let root = Root::new(
+            configured.borrow().clone(),
+            sinks,
+            registry.clone(),
+            gate.clone(),
+            hinted,
+        );
         let (books, started) = (registry.clone(), Instant::now());
         // The root of the tree has no parent to register with; its end is the report. It is a task
         // within a task, so that a panic of it ends in a report as well.
@@ -187,7 +202,8 @@ impl Daemon {
             reason = "the root of the tree has no parent; its end is the report"
         )]
         tokio::spawn(async move {
-            let report = match tokio::spawn(root.run(configured, ordered, started_well)).await {
+            let life = root.run(configured, ordered, requested, started_well);
+            let report = match tokio::spawn(life).await {
                 Ok(report) => report,
                 Err(error) => after_defect(&books, started, &error.to_string()).await,
             };
@@ -196,8 +212,10 @@ impl Daemon {
         Self {
             config,
             orders,
+            requests,
             registry,
             hints,
+            gate,
             started,
             ready,
             report,
@@ -230,6 +248,26 @@ impl Daemon {
     /// For those who hear that something has happened in a room.
     pub fn hints(&self) -> Hints {
         self.hints.clone()
+    }
+
+    pub fn gate(&self) -> &Gate {
+        &self.gate
+    }
+
+    /// Since when it runs.
+    pub fn started(&self) -> Instant {
+        self.started
+    }
+
+    /// Asks for something; it is under way, not done, when this returns. Cancel safe.
+    ///
+    /// # Errors
+    /// There is no such thing, or the daemon closes.
+    pub async fn ask(&self, request: impl FnOnce(Answer) -> Request) -> Result<(), Refused> {
+        let (answer, answered) = oneshot::channel();
+        let sent = self.requests.send(request(answer)).await;
+        sent.map_err(|_| Refused::Closing)?;
+        answered.await.unwrap_or(Err(Refused::Closing))
     }
 
     /// Orders the close of everything and returns at once. Again: a stronger order, an earlier
@@ -347,6 +385,7 @@ async fn after_defect(registry: &Registry, started: Instant, said: &str) -> Repo
     );
     let deadline = Instant::now() + AFTER_DEFECT;
     registry.seal();
+    registry.board().enter(Phase::Closing);
     registry.close_all(&CloseOrder {
         reason: CloseReason::OwnerLost,
         deadline,
@@ -414,6 +453,9 @@ struct Root {
     last_reports: CancellationToken,
     /// Rooms that ended or were not joined, by name.
     past: HashMap<String, Past>,
+    /// LiveKit has listed its rooms once.
+    answered: bool,
+    draining: bool,
     started: Instant,
 }
 
@@ -431,6 +473,8 @@ struct Running {
     look: Arc<Notify>,
     /// Jobs that are to be told when it is over, since nothing more is done for them.
     ending: Vec<String>,
+    requests: mpsc::Sender<Request>,
+    exceptions: Exceptions,
 }
 
 /// What became of a room when we were in it last, or wanted to be.
@@ -442,6 +486,9 @@ struct Past {
     failures: u32,
     /// Of [`Ended`].
     tried: HashSet<String>,
+    /// It lives, and we are out of it only for a moment.
+    unfinished: bool,
+    exceptions: Exceptions,
 }
 
 impl Past {
@@ -488,6 +535,7 @@ impl Root {
         config: Arc<Config>,
         sinks: Sinks,
         registry: Registry,
+        gate: Gate,
         hinted: mpsc::Receiver<String>,
     ) -> Self {
         let (terms, current_terms) = watch::channel(terms(&config));
@@ -500,7 +548,7 @@ impl Root {
             terms: current_terms,
         };
         Self {
-            stt: watch::channel(stt(&config.stt, gate(&config.stt, &registry))).0,
+            stt: watch::channel(stt(&config.stt, gate)).0,
             terms,
             selection: RoomSelection::new(&config.rooms),
             room_context: Arc::new(room_context),
@@ -520,6 +568,8 @@ impl Root {
             reporter: JoinSet::new(),
             last_reports: CancellationToken::new(),
             past: HashMap::new(),
+            answered: false,
+            draining: false,
             started: Instant::now(),
         }
     }
@@ -528,6 +578,7 @@ impl Root {
         mut self,
         mut configs: watch::Receiver<Arc<Config>>,
         mut orders: watch::Receiver<Option<CloseOrder>>,
+        mut requests: mpsc::Receiver<Request>,
         ready: watch::Sender<bool>,
     ) -> Report {
         if let Some(store) = self.registry.ledger().store()
@@ -547,9 +598,15 @@ impl Root {
             self.keepers.spawn(budget.run(configs.clone()));
         }
         self.start_worker(Duration::ZERO);
-        let mut poll = Poll::new(self.room_context.api.clone());
+        let board = self.registry.board().clone();
+        let mut poll = Poll::new(self.room_context.api.clone(), board.clone());
         poll.ask_for(&self.selection, &self.config);
         let (first, failure) = loop {
+            if self.drained() {
+                let reason = CloseReason::Shutdown("drained".into());
+                let deadline = self.deadline();
+                break (CloseOrder { reason, deadline }, None);
+            }
             tokio::select! {
                 biased;
                 new = orders.wait_for(Option::is_some) => {
@@ -587,9 +644,14 @@ impl Root {
                     }
                     poll.hinted();
                 }
+                Some(request) = requests.recv() => self.on_request(request),
                 listed = poll.next() => match listed {
                     Ok(rooms) => {
                         ready.send_replace(true);
+                        self.answered |= rooms.is_some();
+                        if self.answered && !self.draining {
+                            board.enter(Phase::Running);
+                        }
                         self.reconcile(rooms.as_deref());
                         self.look_for_lost(rooms.as_deref().unwrap_or_default());
                     }
@@ -601,7 +663,7 @@ impl Root {
                 },
             }
         };
-        drop(poll);
+        drop((poll, requests));
         self.close(first, orders).await;
         account(&self.registry, self.started, failure)
     }
@@ -653,13 +715,18 @@ impl Root {
         let always = self.selection.always.iter();
         let mut wanted: BTreeMap<&str, Option<&str>> =
             always.map(|name| (name.as_str(), None)).collect();
+        if self.draining && listed.is_some() {
+            wanted.clear();
+        }
         let found = sids.iter().flatten();
         let found = found.filter(|(name, _)| self.selection.fits(name) || self.claims.want(name));
         wanted.extend(found.map(|(name, sid)| (*name, Some(*sid))));
         let running: HashSet<&str> = self.running.values().map(|r| r.name.as_str()).collect();
+        let is_ours = |name: &str| self.past.get(name).is_some_and(|past| past.unfinished);
         let joined: Vec<(String, Option<String>)> = wanted
             .into_iter()
             .filter(|(name, _)| !running.contains(name))
+            .filter(|(name, sid)| !self.draining || (is_ours(name) && sid.is_some()))
             .filter(|(name, _)| self.past.get(*name).is_none_or(|past| past.allows(now)))
             .map(|(name, sid)| (name.to_owned(), sid.map(str::to_owned)))
             .collect();
@@ -675,6 +742,7 @@ impl Root {
         let (house, at_home) = watch::channel(self.house(&name));
         let look = Arc::new(Notify::new());
         let (identity, ticket) = self.way_in(&name);
+        let (requests, requested) = mpsc::channel(MAX_REQUESTS);
         let context = Context {
             room: name.clone(),
             registry: self.registry.clone(),
@@ -689,9 +757,19 @@ impl Root {
             look: look.clone(),
             missing: self.missing.0.clone(),
         };
-        let tried = self.past.get(&name).map(|past| past.tried.clone());
-        let tried = tried.unwrap_or_default();
-        let life = supervisor::supervise(self.room_context.clone(), context, entry, tried, ordered);
+        let past = self.past.get(&name);
+        let tried = past.map(|past| past.tried.clone()).unwrap_or_default();
+        let exceptions = past.map(|past| past.exceptions.clone()).unwrap_or_default();
+        if self.draining {
+            // Cannot fail: the channel is new.
+            let _ = requests.try_send(Request::Drain(oneshot::channel().0));
+        }
+        let asked = Asked {
+            requests: requested,
+            exceptions: exceptions.clone(),
+        };
+        let room_context = self.room_context.clone();
+        let life = supervisor::supervise(room_context, context, entry, tried, asked, ordered);
         let id = self.rooms.spawn(life).id();
         let running = Running {
             name,
@@ -704,6 +782,8 @@ impl Root {
             house,
             look,
             ending: Vec::new(),
+            requests,
+            exceptions,
         };
         self.running.insert(id, running);
     }
@@ -727,13 +807,17 @@ impl Root {
         };
         self.tell_jobs_of(&running, &how);
         let order = running.orders.borrow().clone();
-        let deselected = order.is_some_and(|order| order.reason == CloseReason::Deselected);
+        let reason = order.map(|order| order.reason);
+        let deselected = reason == Some(CloseReason::Deselected);
+        let unfinished = matches!(how, RoomEnd::Stale | RoomEnd::Failed(_));
         let name = running.name;
         let sid = sid.or(running.sid);
         let now = Instant::now();
         let (again, failures) = match how {
             // It lives, and may be selected again.
             RoomEnd::Closed if deselected => (Some(now), 0),
+            // Not while it lives.
+            _ if reason == Some(CloseReason::Requested) => (None, 0),
             // A list that was on its way, or lags, may still have it, and joining would make it
             // anew; one that is listed for longer lives.
             RoomEnd::Closed => (Some(now + LIST_LAG), 0),
@@ -777,9 +861,117 @@ impl Root {
             again,
             failures,
             tried,
+            unfinished: unfinished && again.is_some(),
+            exceptions: running.exceptions,
         };
         self.past.insert(name.clone(), past);
         Some((name, again))
+    }
+
+    fn on_request(&mut self, request: Request) {
+        let (answer, result): (Answer, _) = match request {
+            Request::Close(Scope::Room(name), answer) => (answer, self.close_requested(&name)),
+            Request::Reopen(Scope::Room(name), answer) => (answer, self.reopen(&name)),
+            Request::Close(scope, answer) => {
+                return self.pass_on(scope.room().to_owned(), answer, |answer| {
+                    Request::Close(scope, answer)
+                });
+            }
+            Request::Reopen(scope, answer) => {
+                return self.pass_on(scope.room().to_owned(), answer, |answer| {
+                    Request::Reopen(scope, answer)
+                });
+            }
+            Request::Drain(answer) => {
+                self.drain();
+                (answer, Ok(()))
+            }
+            Request::Undrain(answer) => {
+                self.undrain();
+                (answer, Ok(()))
+            }
+        };
+        // Who asked may have left.
+        let _ = answer.send(result);
+    }
+
+    fn pass_on(&self, room: String, answer: Answer, request: impl FnOnce(Answer) -> Request) {
+        let found = self.running.values().find(|running| running.name == room);
+        let refused = match found {
+            Some(running) if running.orders.borrow().is_none() => {
+                // If it takes no more, the answer is dropped, which says so.
+                let _ = running.requests.try_send(request(answer));
+                return;
+            }
+            Some(_) => Refused::Closing,
+            None => Refused::NoSuchRoom,
+        };
+        // Who asked may have left.
+        let _ = answer.send(Err(refused));
+    }
+
+    /// Closes a room, which is not joined again while it lives.
+    fn close_requested(&mut self, name: &str) -> Result<(), Refused> {
+        let grace = Duration::from_millis(self.config.stt.close_grace_ms);
+        let new = CloseOrder {
+            reason: CloseReason::Requested,
+            deadline: Instant::now() + grace,
+        };
+        if let Some(running) = self.running.values().find(|running| running.name == name) {
+            order(&running.orders, &new);
+            return Ok(());
+        }
+        // About to be joined again.
+        let past = self.past.get_mut(name).ok_or(Refused::NoSuchRoom)?;
+        (past.again, past.unfinished) = (None, false);
+        Ok(())
+    }
+
+    /// The next poll joins it. Who was closed in it stays so.
+    fn reopen(&mut self, name: &str) -> Result<(), Refused> {
+        if let Some(past) = self.past.get_mut(name)
+            && past.again.is_none()
+        {
+            past.again = Some(Instant::now());
+            return Ok(());
+        }
+        let mut running = self.running.values();
+        match running.find(|running| running.name == name) {
+            Some(running) if running.orders.borrow().is_some() => Err(Refused::Closing),
+            Some(_) => Ok(()),
+            None => Err(Refused::NoSuchRoom),
+        }
+    }
+
+    fn drain(&mut self) {
+        self.draining = true;
+        self.tell(Command::Drain(true));
+        self.registry.board().enter(Phase::Draining);
+        for running in self.running.values() {
+            // One that takes no more has very much to do, and is told no later than it would have
+            // taken somebody new.
+            let _ = running
+                .requests
+                .try_send(Request::Drain(oneshot::channel().0));
+        }
+    }
+
+    fn undrain(&mut self) {
+        self.draining = false;
+        self.tell(Command::Drain(false));
+        let past = self.past.values().map(|past| &past.exceptions);
+        let running = self.running.values().map(|running| &running.exceptions);
+        past.chain(running).for_each(Exceptions::undrain);
+        self.registry.board().enter(match self.answered {
+            true => Phase::Running,
+            false => Phase::Starting,
+        });
+    }
+
+    /// The last room of a daemon that drains is over.
+    fn drained(&self) -> bool {
+        let over = || self.past.values().all(|past| !past.unfinished);
+        self.draining && self.running.is_empty() && over()
     }
 
     /// The close path of the daemon: no new streams; all rooms at once, each in its own order;
@@ -789,6 +981,7 @@ impl Root {
             rooms = self.running.len(), "closing");
         self.registry.seal();
         self.drain_worker();
+        self.registry.board().enter(Phase::Closing);
         let begun = Instant::now();
         let mut current = first;
         let mut owner_there = true;
@@ -866,6 +1059,7 @@ impl Root {
 /// Asks for the rooms there are, over and over.
 struct Poll {
     api: Arc<RoomApi>,
+    board: Board,
     /// Which rooms to ask for: empty for all of them. `None` to never ask.
     names: Option<Vec<String>>,
     every: Duration,
@@ -877,9 +1071,10 @@ struct Poll {
 }
 
 impl Poll {
-    fn new(api: Arc<RoomApi>) -> Self {
+    fn new(api: Arc<RoomApi>, board: Board) -> Self {
         Self {
             api,
+            board,
             names: None,
             every: Duration::MAX,
             next_at: Instant::now(),
@@ -933,6 +1128,7 @@ impl Poll {
                     tracing::info!("LiveKit answers again");
                 }
                 (self.failures, self.worked) = (0, true);
+                self.board.livekit_failed(None);
                 self.next_at = Instant::now() + self.every;
                 Ok(Some(rooms))
             }
@@ -941,6 +1137,7 @@ impl Poll {
                 let most = REJOIN_MOST.max(self.every);
                 let delay = backoff(self.failures, self.every, most, fastrand::f64());
                 tracing::error!(%error, ?delay, "cannot list rooms; will try again");
+                self.board.livekit_failed(Some(error.to_string()));
                 self.failures += 1;
                 self.next_at = Instant::now() + delay;
                 Ok(None)
@@ -1081,6 +1278,8 @@ mod tests {
             again,
             failures: 0,
             tried: HashSet::new(),
+            unfinished: false,
+            exceptions: Exceptions::default(),
         }
     }
 

@@ -59,6 +59,8 @@ pub enum CloseReason {
     StreamFailed,
     /// The participant is still there and no longer one of those who are transcribed.
     Deselected,
+    /// Somebody asked for it, by the control API.
+    Requested,
     /// The participant is gone; LiveKit's disconnect reason in lower case.
     ParticipantLeft(String),
     /// The agent job is over that the room was transcribed for, and nobody else wants it; why.
@@ -79,6 +81,7 @@ impl fmt::Display for CloseReason {
             Self::TrackEnded => f.write_str("track ended"),
             Self::StreamFailed => f.write_str("stream failed"),
             Self::Deselected => f.write_str("no longer selected"),
+            Self::Requested => f.write_str("requested"),
             Self::ParticipantLeft(why) => write!(f, "participant left ({why})"),
             Self::JobEnded(why) => write!(f, "agent job ended ({why})"),
             Self::RoomEnded(why) => write!(f, "room ended ({why})"),

@@ -2,11 +2,13 @@
 //! that each stream it opened was closed. See ARCHITECTURE.md for how.
 
 pub mod audio;
+pub mod board;
 mod budget;
 mod check;
 pub mod cli;
 pub mod close;
 pub mod config;
+mod control;
 pub mod daemon;
 #[cfg(feature = "rehearsal")]
 pub mod demo;
@@ -25,6 +27,7 @@ pub mod overrides;
 mod quota;
 pub mod registry;
 pub mod reports;
+pub mod requests;
 pub mod room;
 pub mod session;
 pub mod signals;

@@ -600,7 +600,9 @@ impl World {
         let name = format!("p{}", self.made);
         let (commands, received) = mpsc::channel(16);
         let (orders, ordered) = watch::channel(None);
-        let life = session::run(self.context.clone(), name.clone(), received, ordered);
+        let board = self.context.registry.board();
+        let card = board.room(&self.context.room).session(&name, &name);
+        let life = session::run(self.context.clone(), name.clone(), card, received, ordered);
         let task = self.tasks.spawn(life);
         self.say(format!("{name} joins"));
         self.sessions.push(Live {

@@ -17,10 +17,11 @@ use tokio::sync::watch;
 use tokio_util::task::TaskTracker;
 
 use crate::{
+    board::{Board, What},
     close::{CloseOrder, now, order},
     domain::{CloseReason, Outcome, Service, StreamId, StreamKey, StreamTotals},
     journal::{Journal, Orphan},
-    kernel::{KnownSockets, SocketId},
+    kernel::{self, KnownSockets, SocketId},
     ledger::{CloseReceipt, Ledger, Settled, unix_ms},
     stt::gate::Admission,
 };
@@ -31,6 +32,7 @@ pub struct Registry(Arc<Inner>);
 
 struct Inner {
     ledger: Ledger,
+    board: Board,
     journal: Option<Journal>,
     orphans: Vec<Orphan>,
     tasks: TaskTracker,
@@ -95,6 +97,7 @@ impl Registry {
     pub fn with_journal(ledger: Ledger, journal: Option<Journal>, orphans: Vec<Orphan>) -> Self {
         Self(Arc::new(Inner {
             ledger,
+            board: Board::default(),
             journal,
             orphans,
             tasks: TaskTracker::new(),
@@ -132,6 +135,7 @@ impl Registry {
         self.0.open_now.send_replace(book.open.len());
         drop(book);
         let ticket = self.journal().map(|journal| journal.enter(&entry));
+        self.board().tell(What::Stream(entry));
         Ok(Permit {
             ticket,
             admission,
@@ -155,6 +159,11 @@ impl Registry {
 
     pub fn ledger(&self) -> &Ledger {
         &self.0.ledger
+    }
+
+    /// Where those who watch look.
+    pub fn board(&self) -> &Board {
+        &self.0.board
     }
 
     pub fn journal(&self) -> Option<&Journal> {
@@ -232,7 +241,9 @@ impl Registry {
     /// Sockets to the provider that the kernel says this process holds; `None` where the system
     /// doesn't tell.
     pub fn kernel_sockets(&self) -> Option<usize> {
-        self.book().sockets.held()
+        // First, so that nobody waits for the kernel.
+        let held = kernel::held()?;
+        Some(self.book().sockets.count(&held))
     }
 
     fn book(&self) -> MutexGuard<'_, Book> {
@@ -246,11 +257,15 @@ impl Registry {
         let Some(entry) = book.open.get_mut(&id) else {
             return;
         };
+        let before = entry.state;
         change(entry);
         let entry = entry.clone();
         drop(book);
         if let Some(journal) = self.journal() {
             journal.update(&entry);
+        }
+        if entry.state != before {
+            self.board().tell(What::Stream(entry));
         }
     }
 
@@ -390,6 +405,7 @@ impl Permit {
         if let Some(admission) = self.admission.take() {
             admission.over(&settled.outcome);
         }
+        self.registry.board().settled(&settled);
         settled
     }
 }

@@ -18,6 +18,7 @@ use tokio::{
 
 use crate::{
     audio::{AudioLine, Ear, OpusPacket, Page, Span, TrackClock, samples, seconds},
+    board::{SessionCard, TrackCard, TrackState},
     close::{CloseOrder, now, order},
     config::{Encoding, SttConfig},
     domain::{CloseReason, Outcome, StreamKey, Transcript, backoff},
@@ -209,12 +210,14 @@ pub enum Command {
 pub async fn run(
     context: Arc<Context>,
     participant: String,
+    card: SessionCard,
     mut commands: mpsc::Receiver<Command>,
     mut orders: watch::Receiver<Option<CloseOrder>>,
 ) {
     let mut session = Session {
         context,
         participant,
+        card,
         tracks: JoinSet::new(),
         running: HashMap::new(),
     };
@@ -242,6 +245,7 @@ pub async fn run(
 struct Session {
     context: Arc<Context>,
     participant: String,
+    card: SessionCard,
     tracks: JoinSet<()>,
     running: HashMap<Id, Running>,
 }
@@ -258,7 +262,9 @@ impl Session {
         let over = self.context.within_grace(CloseReason::TrackEnded);
         self.remove(&track.sid, &over);
         let (orders, ordered) = watch::channel(None);
-        let transcriber = Transcriber::new(self.context.clone(), &self.participant, track.clone());
+        let card = self.card.track(&track.sid);
+        let (context, participant) = (self.context.clone(), &self.participant);
+        let transcriber = Transcriber::new(context, participant, track.clone(), card);
         let packets = (track.packets)();
         let task = self.tracks.spawn(transcriber.run(packets, ordered));
         self.running.insert(
@@ -352,6 +358,7 @@ async fn next_order(orders: &mut watch::Receiver<Option<CloseOrder>>) -> Option<
 struct Transcriber {
     context: Arc<Context>,
     key: StreamKey,
+    card: TrackCard,
     track: Arc<Track>,
     clock: TrackClock,
     /// When it was last seen to be muted.
@@ -360,6 +367,8 @@ struct Transcriber {
     spoke_at: Option<Instant>,
     /// Whether there is anything to transcribe: not while the participant is parked.
     wanted: bool,
+    /// Its last stream was closed for that.
+    parked: bool,
     /// Samples that waited for a stream for too long, since the last one.
     missed: u64,
     kept: VecDeque<Kept>,
@@ -391,7 +400,7 @@ struct Open {
 }
 
 impl Transcriber {
-    fn new(context: Arc<Context>, participant: &str, track: Arc<Track>) -> Self {
+    fn new(context: Arc<Context>, participant: &str, track: Arc<Track>, card: TrackCard) -> Self {
         let key = StreamKey {
             room: context.room.clone(),
             participant: participant.to_owned(),
@@ -399,12 +408,14 @@ impl Transcriber {
         };
         Self {
             key,
+            card,
             track,
             clock: TrackClock::default(),
             muted_at: None,
             ear: Ear::default(),
             spoke_at: None,
             wanted: false,
+            parked: false,
             missed: 0,
             kept: VecDeque::new(),
             open: None,
@@ -426,6 +437,7 @@ impl Transcriber {
                 page_ends = self.stt.page_ends();
             }
             let retry_at = self.retry_at;
+            self.show();
             tokio::select! {
                 biased;
                 new = next_order(&mut orders) => break new.unwrap_or_else(|| {
@@ -462,6 +474,20 @@ impl Transcriber {
         // Detached: no more audio is taken from the room.
         drop(packets);
         self.close(first, orders).await;
+    }
+
+    /// Puts on its card what it does now.
+    fn show(&mut self) {
+        let state = match &self.open {
+            Some(open) if open.closing => TrackState::Closing,
+            Some(_) => TrackState::Streaming,
+            None if self.waiting.is_some() => TrackState::Waiting,
+            None if self.retry_at.is_some() => TrackState::Retrying,
+            None if self.parked && !self.wanted => TrackState::Parked,
+            None => TrackState::Quiet,
+        };
+        let stream = self.open.as_ref().map(|open| open.stream.id());
+        self.card.tell(state, stream);
     }
 
     /// Takes the packets that have come since the last page. They wait for its end rather than wake
@@ -603,6 +629,7 @@ impl Transcriber {
             tracing::warn!(id = %stream.id(), key = %self.key, missed,
                 "what was said first is lost: it waited for a stream for too long");
         }
+        self.parked = false;
         self.open = Some(Open {
             stream,
             line,
@@ -645,7 +672,7 @@ impl Transcriber {
             silent >= after || silent >= YIELD_AFTER && self.stt.gate.is_crowded()
         };
         if self.stt.settings.parking.is_some_and(parked) {
-            self.wanted = false;
+            (self.wanted, self.parked) = (false, true);
             let order = self.context.within_grace(CloseReason::Parked);
             self.close_stream(&order);
         }
@@ -753,6 +780,7 @@ impl Transcriber {
     /// keeps.
     async fn close(mut self, first: CloseOrder, mut orders: watch::Receiver<Option<CloseOrder>>) {
         self.close_stream(&first);
+        self.show();
         let mut owner_there = true;
         while self.open.is_some() {
             tokio::select! {
@@ -888,7 +916,10 @@ mod tests {
         let (end, ended) = oneshot::channel();
         let sent = commands.try_send(Command::Add(track(ended)));
         assert!(sent.is_ok());
-        let session = tokio::spawn(run(Arc::new(context), "p".into(), received, ordered));
+        let room = registry.board().room("r");
+        let card = room.session("p", "PA_p");
+        let life = run(Arc::new(context), "p".into(), card, received, ordered);
+        let session = tokio::spawn(life);
 
         let connection = connections.recv().await.expect("a connection");
         tokio::time::sleep(IDLE).await;

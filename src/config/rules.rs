@@ -1,11 +1,14 @@
 //! Which values are allowed, and which of them together.
 
+use std::net::SocketAddr;
+
 use config::ValueKind;
+use secrecy::ExposeSecret;
 use tracing_subscriber::EnvFilter;
 use url::Url;
 
 use super::{
-    Config,
+    Config, OFF,
     sources::{Settings, text},
 };
 use crate::store;
@@ -48,6 +51,8 @@ const RANGES: [(&str, bool, u64, u64, &str); 29] = [
 const MS: &str = "milliseconds";
 
 const MAX_TEXT: usize = 4096;
+/// A token that is shorter could be guessed.
+const MIN_TOKEN: usize = 16;
 const MAX_ITEMS: usize = 1000;
 /// LiveKit's limit of identities and names of rooms, in bytes.
 const MAX_NAME: usize = 256;
@@ -133,6 +138,12 @@ pub(super) fn check_values(settings: &mut Settings<'_>) {
     if !matches!(currency.len(), 1..=8) || !currency.bytes().all(|b| b.is_ascii_alphabetic()) {
         let allowed = "it must be a name of 1 to 8 letters, such as USD";
         faults.push(("ledger.currency".to_owned(), allowed.to_owned()));
+    }
+    let listen = settings.text("control.listen").unwrap_or_default();
+    if listen != OFF && listen.parse::<SocketAddr>().is_err() {
+        let allowed = "it must be an IP address and a port, such as 127.0.0.1:7460 or [::1]:7460, \
+                       or off";
+        faults.push(("control.listen".to_owned(), allowed.to_owned()));
     }
     let filter = settings.text("log.filter");
     if let Some(Err(error)) = filter.map(EnvFilter::try_new) {
@@ -302,6 +313,48 @@ pub(super) fn check_together(config: &Config, settings: &mut Settings<'_>) {
     }
     if config.livekit.url.query().is_some() {
         settings.fault("livekit.url", "a query in it is not supported");
+    }
+}
+
+/// Who may use the control API.
+pub(super) fn check_tokens(config: &Config, settings: &mut Settings<'_>) {
+    let control = &config.control;
+    let elsewhere = |address: SocketAddr| !address.ip().is_loopback();
+    if control.address().is_some_and(elsewhere) && control.token.is_none() {
+        settings.fault(
+            "control.listen",
+            "others can reach it: set control.token or control.token_file (such as to what \
+             `openssl rand -hex 32` prints), or listen on 127.0.0.1",
+        );
+    }
+    if control.read_token.is_some() && control.token.is_none() {
+        settings.fault(
+            "control.read_token",
+            "it needs control.token: without that everybody on this machine may do everything",
+        );
+    }
+    for (key, token) in [
+        ("control.token", &control.token),
+        ("control.read_token", &control.read_token),
+    ] {
+        let token = token.as_ref().map(ExposeSecret::expose_secret);
+        if token.is_some_and(|token| token.len() < MIN_TOKEN) {
+            let allowed = format!("at least {MIN_TOKEN} characters are needed");
+            settings.fault(key, &allowed);
+        } else if token.is_some_and(|token| !token.bytes().all(|b| b.is_ascii_graphic())) {
+            settings.fault(
+                key,
+                "only visible ASCII characters are allowed, without blanks",
+            );
+        }
+    }
+    if let (Some(token), Some(read)) = (&control.token, &control.read_token)
+        && token.expose_secret() == read.expose_secret()
+    {
+        settings.fault(
+            "control.read_token",
+            "it must not be the same as control.token",
+        );
     }
 }
 

@@ -67,7 +67,7 @@ impl Root {
     /// No more jobs are taken.
     pub(super) fn drain_worker(&mut self) {
         if let Some(line) = &mut self.line {
-            line.tell(Command::Drain);
+            line.tell(Command::Drain(true));
             line.events.close();
         }
     }
@@ -243,7 +243,7 @@ impl Root {
 
     /// Looks at rooms whose jobs may have been lost, and at those that are transcribed without one.
     pub(super) fn look_for_lost(&mut self, listed: &[ListedRoom]) {
-        if self.line.is_none() || !self.looks.is_empty() || listed.is_empty() {
+        if self.line.is_none() || self.draining || !self.looks.is_empty() || listed.is_empty() {
             return;
         }
         let now = Instant::now();
@@ -278,6 +278,9 @@ impl Root {
         };
         let now = Instant::now();
         for (ListedRoom { name, sid }, sight) in looked {
+            if self.draining {
+                return;
+            }
             if self.running(&name).is_some() {
                 if sight == Sight::NotOurs {
                     let why = "its dispatch was deleted";
@@ -405,7 +408,7 @@ impl Root {
         }
     }
 
-    fn tell(&self, command: Command) {
+    pub(super) fn tell(&self, command: Command) {
         if let Some(line) = &self.line {
             line.tell(command);
         }

@@ -30,9 +30,11 @@ use super::{
     selection::Selection,
 };
 use crate::{
+    board::RoomCard,
     close::{CloseOrder, order},
     domain::{CloseReason, Transcript},
     failure::{Cause, Trouble},
+    requests::{Answer, Exceptions, Refused, Request, Scope},
     session::{self, Command, Context, Packet, Packets, Track},
 };
 
@@ -145,6 +147,12 @@ pub enum RoomEnd {
     Stale,
 }
 
+/// What is asked of a room while it runs, and what is kept in mind of that beyond.
+pub struct Asked {
+    pub requests: mpsc::Receiver<Request>,
+    pub exceptions: Exceptions,
+}
+
 /// Joins `room` and stays until it ends or `orders` say so. Returns when every session of it is
 /// closed and the room is left. `tried` is from an earlier [`Ended`] of the room.
 pub async fn supervise(
@@ -152,9 +160,11 @@ pub async fn supervise(
     context: Context,
     mut entry: Entry,
     tried: HashSet<String>,
+    asked: Asked,
     mut orders: watch::Receiver<Option<CloseOrder>>,
 ) -> Ended {
     let name = context.room.clone();
+    let card = context.registry.board().room(&name);
     let (room, events) = match join(&room_context, &name, &mut entry, &mut orders).await {
         Joined::Yes(room, events) => (room, events),
         Joined::Ordered => return Ended::unjoined(RoomEnd::Closed, tried),
@@ -162,7 +172,8 @@ pub async fn supervise(
     };
     departure::attach(&room);
     tracing::info!(room = name, "joined");
-    let supervisor = Supervisor::new(room_context, context, entry, room, tried);
+    card.joined(room.maybe_sid().map(|sid| sid.to_string()));
+    let supervisor = Supervisor::new(room_context, context, entry, room, card, tried, asked);
     supervisor.run(events, orders).await
 }
 
@@ -230,6 +241,8 @@ struct Supervisor {
     context: Arc<Context>,
     entry: Entry,
     room: Arc<Room>,
+    card: RoomCard,
+    asked: Asked,
     sessions: JoinSet<()>,
     running: HashMap<Id, Running>,
     /// When sessions of participants panicked, by SID.
@@ -269,7 +282,9 @@ impl Supervisor {
         mut context: Context,
         entry: Entry,
         room: Arc<Room>,
+        card: RoomCard,
         tried: HashSet<String>,
+        asked: Asked,
     ) -> Self {
         let mut publisher = JoinSet::new();
         let (to_room, transcripts) = mpsc::channel(MAX_TRANSCRIPTS);
@@ -282,6 +297,8 @@ impl Supervisor {
             context: Arc::new(context),
             entry,
             room,
+            card,
+            asked,
             sessions: JoinSet::new(),
             running: HashMap::new(),
             panics: HashMap::new(),
@@ -337,10 +354,12 @@ impl Supervisor {
                         break (self.context.within_grace(CloseReason::RoomEnded(said.to_owned())), how);
                     }
                 }
+                Some(request) = self.asked.requests.recv() => self.on_request(request),
                 _ = review.tick() => self.review_all(),
                 Ok(()) = self.entry.house.changed() => self.review_all(),
             }
         };
+        self.card.closing(first.reason.to_string());
         tracing::info!(room = self.context.room, reason = %first.reason, "closing");
         let sid = self.room.maybe_sid().map(|sid| sid.to_string());
         let tried = std::mem::take(&mut self.tried);
@@ -395,7 +414,10 @@ impl Supervisor {
                     // The SDK's, for everybody when the connection had to be made anew, and for who
                     // was displaced by another of the same identity.
                     participant::DisconnectReason::UnknownReason => "no reason given".into(),
-                    reason => snake_case(reason),
+                    reason => {
+                        self.forget_closed(&participant);
+                        snake_case(reason)
+                    }
                 };
                 self.close_session(&participant.sid(), CloseReason::ParticipantLeft(why));
             }
@@ -421,6 +443,7 @@ impl Supervisor {
         let identity = participant.identity();
         let selection = &self.room_context.terms().selection;
         !self.absent.contains(&participant.sid())
+            && !self.asked.exceptions.keep_out(participant.sid().as_str())
             && self
                 .entry
                 .house
@@ -433,6 +456,7 @@ impl Supervisor {
     fn wants(&self, publication: &RemoteTrackPublication) -> bool {
         publication.kind() == TrackKind::Audio
             && self.room_context.terms().selection.source(publication.source())
+            && !self.asked.exceptions.is_closed(publication.sid().as_str())
             // Without the key it is noise, and noise is billed like speech.
             && publication.encryption_type() == EncryptionType::None
     }
@@ -447,10 +471,82 @@ impl Supervisor {
         }
         let terms = self.room_context.terms();
         let selected = terms.selection.source(publication.source());
-        if publication.kind() == TrackKind::Audio && selected {
+        let encrypted = publication.encryption_type() != EncryptionType::None;
+        if publication.kind() == TrackKind::Audio && selected && encrypted {
             let (room, participant) = (&self.context.room, participant.identity());
             tracing::error!(room, %participant, track = %publication.sid(),
                 "the track is end-to-end encrypted and cannot be transcribed");
+        }
+    }
+
+    fn on_request(&mut self, request: Request) {
+        let (answer, result): (Answer, _) = match request {
+            Request::Close(scope, answer) => (answer, self.close_requested(&scope)),
+            Request::Reopen(scope, answer) => (answer, self.reopen(&scope)),
+            Request::Drain(answer) => {
+                let present = self.room.remote_participants().into_values();
+                let present = present.map(|participant| participant.sid().to_string());
+                self.asked.exceptions.drain(present);
+                (answer, Ok(()))
+            }
+            // The daemon's own.
+            Request::Undrain(answer) => (answer, Ok(())),
+        };
+        // Who asked may have left.
+        let _ = answer.send(result);
+    }
+
+    fn present(&self, scope: &Scope) -> Result<Vec<RemoteParticipant>, Refused> {
+        let wanted = scope.identity().ok_or(Refused::NoSuchParticipant)?;
+        let there = self.room.remote_participants().into_values();
+        let there: Vec<_> = there
+            .filter(|participant| participant.identity().as_str() == wanted)
+            .collect();
+        match there.is_empty() {
+            true => Err(Refused::NoSuchParticipant),
+            false => Ok(there),
+        }
+    }
+
+    /// Closes somebody's session, or a track of it, on the path that everything takes. They stay
+    /// closed: a new SID is another participant, or another track.
+    fn close_requested(&mut self, scope: &Scope) -> Result<(), Refused> {
+        let participants = self.present(scope)?;
+        let Some(wanted) = scope.track() else {
+            for participant in participants {
+                let sid = participant.sid();
+                self.asked.exceptions.close(sid.as_str())?;
+                self.close_session(&sid, CloseReason::Requested);
+                self.review(&participant);
+            }
+            return Ok(());
+        };
+        for participant in participants {
+            let mut publications = participant.track_publications().into_values();
+            if let Some(publication) = publications.find(|p| p.sid().as_str() == wanted) {
+                self.asked.exceptions.close(wanted)?;
+                self.end_track(&participant, publication.sid(), CloseReason::Requested);
+                publication.set_subscribed(false);
+                return Ok(());
+            }
+        }
+        Err(Refused::NoSuchTrack)
+    }
+
+    fn reopen(&mut self, scope: &Scope) -> Result<(), Refused> {
+        for participant in self.present(scope)? {
+            self.forget_closed(&participant);
+            self.review(&participant);
+        }
+        Ok(())
+    }
+
+    /// A participant, and all tracks.
+    fn forget_closed(&self, participant: &RemoteParticipant) {
+        let exceptions = &self.asked.exceptions;
+        exceptions.forget(participant.sid().as_str());
+        for sid in participant.track_publications().into_keys() {
+            exceptions.forget(sid.as_str());
         }
     }
 
@@ -644,7 +740,8 @@ impl Supervisor {
         let identity = participant.identity().to_string();
         // Cannot fail: the channel is new.
         let _ = commands.try_send(first);
-        let life = session::run(self.context.clone(), identity, received, ordered);
+        let card = self.card.session(&identity, participant.sid().as_str());
+        let life = session::run(self.context.clone(), identity, card, received, ordered);
         let id = self.sessions.spawn(life).id();
         let running = Running {
             participant: participant.sid(),

@@ -55,8 +55,8 @@ pub enum Command {
         job: String,
         result: Result<(), String>,
     },
-    /// No more jobs.
-    Drain,
+    /// Whether no more jobs are to be taken.
+    Drain(bool),
     /// The rooms are left: say what is to be said, and go.
     End,
 }
@@ -186,7 +186,7 @@ impl Desk {
         }
         self.jobs.insert(job.id.clone(), Phase::Running);
         if self.draining {
-            let shutdown = "the daemon is shutting down".to_owned();
+            let shutdown = "the daemon takes no more rooms".to_owned();
             return self.over(&job.id, Err(shutdown), now);
         }
         self.out.push(Request::UpdateJob(running_status(&job.id)));
@@ -252,8 +252,8 @@ impl Desk {
         self.unsent.push_back(update);
     }
 
-    pub fn drain(&mut self, now: Instant) {
-        self.draining = true;
+    pub fn drain(&mut self, draining: bool, now: Instant) {
+        self.draining = draining;
         self.report_changes(now);
     }
 
@@ -431,7 +431,7 @@ mod tests {
         ask(&mut desk, "late", now);
         desk.answer("late", Some("us".into()), now);
         ask(&mut desk, "asked", now);
-        desk.drain(now);
+        desk.drain(true, now);
         assert_eq!(status(&mut desk), Some(WorkerStatus::WsFull));
         desk.answer("asked", Some("us".into()), now);
         ask(&mut desk, "new", now);
@@ -526,7 +526,7 @@ mod tests {
                     }
                     11 if random.u8(..20) == 0 => {
                         drained = true;
-                        desk.drain(now);
+                        desk.drain(true, now);
                     }
                     _ => now += Duration::from_secs(random.u64(..6)),
                 }

@@ -97,9 +97,11 @@ impl Sessions {
             assert!(add.is_ok());
             all.push(commands);
             let name = format!("p{number}");
+            let card = registry.board().room("none").session(&name, &name);
             tasks.spawn(session::run(
                 context.clone(),
                 name,
+                card,
                 received,
                 orders.subscribe(),
             ));

@@ -10,6 +10,7 @@ mod check;
 mod clients;
 mod close;
 mod command_line;
+mod control;
 mod cycles;
 mod dev;
 mod force_close;
