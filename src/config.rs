@@ -39,6 +39,9 @@ pub struct Config {
     #[serde(default)]
     pub state: StateConfig,
     pub ledger: LedgerConfig,
+    pub budget: BudgetConfig,
+    /// As in this one.
+    #[serde(default)]
     pub quota: QuotaConfig,
     pub usage_reports: UsageReportsConfig,
     pub log: LogConfig,
@@ -110,6 +113,8 @@ pub struct ParticipantsConfig {
     /// Attributes that a participant must have, and the patterns of their values.
     #[serde(default)]
     pub attributes: BTreeMap<String, String>,
+    /// The attribute that holds a participant's priority; None if all are equal.
+    pub priority_attribute: Option<String>,
 }
 
 /// What an audio track carries, as LiveKit calls it.
@@ -149,6 +154,11 @@ pub struct SttConfig {
     pub retry_most_ms: u64,
     /// 0 for no limit.
     pub max_streams: usize,
+    /// 0 for never.
+    pub park_after_ms: u64,
+    /// In dB below full scale.
+    pub speech_level: u8,
+    pub preroll_ms: u64,
     pub api_key_file: Option<PathBuf>,
 }
 
@@ -256,8 +266,26 @@ pub struct QuotaConfig {
     pub url: Option<Url>,
     /// None for the only one of the key.
     pub project: Option<String>,
-    /// 0 if that is not known.
-    pub concurrent_streams: u64,
+}
+
+/// Limits of what is used, of a day and a month of UTC.
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BudgetConfig {
+    /// Of audio; 0 for no limit.
+    pub day_minutes: u64,
+    pub month_minutes: u64,
+    /// None for no limit.
+    pub day_cost: Option<String>,
+    pub month_cost: Option<String>,
+    pub warn_at_percent: u64,
+}
+
+impl BudgetConfig {
+    pub fn is_set(&self) -> bool {
+        let minutes = self.day_minutes > 0 || self.month_minutes > 0;
+        minutes || self.day_cost.is_some() || self.month_cost.is_some()
+    }
 }
 
 #[derive(Debug, Clone, Deserialize)]

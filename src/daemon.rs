@@ -19,6 +19,7 @@ use tokio::{
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
+    budget,
     close::{CloseOrder, order},
     config::{Config, SttConfig},
     domain::{CloseReason, backoff},
@@ -58,6 +59,8 @@ const DUPLICATE: &str = "duplicate_identity";
 const HINT_PAUSE: Duration = Duration::from_millis(200);
 /// Participants who are missing, of whom the root has not heard yet.
 const MAX_MISSING: usize = 1024;
+/// For what is to be known of the budget before the first stream.
+const FIRST_LOOK: Duration = Duration::from_secs(2);
 /// While closing: how often it is said what is still open.
 const PROGRESS_EVERY: Duration = Duration::from_secs(1);
 /// The part of the deadline after which streams are closed past their sessions: a session that
@@ -404,6 +407,8 @@ struct Root {
     missing: (mpsc::Sender<Missing>, mpsc::Receiver<Missing>),
     /// Rooms that are said to have news.
     hinted: mpsc::Receiver<String>,
+    /// What goes on beside the rooms and ends with this.
+    keepers: JoinSet<()>,
     /// Delivers usage reports, if they are wanted; it ends with this once it is told.
     reporter: JoinSet<()>,
     last_reports: CancellationToken,
@@ -511,6 +516,7 @@ impl Root {
             looks: JoinSet::new(),
             missing: mpsc::channel(MAX_MISSING),
             hinted,
+            keepers: JoinSet::new(),
             reporter: JoinSet::new(),
             last_reports: CancellationToken::new(),
             past: HashMap::new(),
@@ -529,6 +535,16 @@ impl Root {
         {
             let delivering = webhook.deliver(store.clone(), self.last_reports.clone());
             self.reporter.spawn(delivering);
+        }
+        if self.registry.ledger().store().is_some()
+            && let Some(ledger) = self.config.ledger_file()
+        {
+            let gate = self.stt.borrow().gate.clone();
+            let mut budget = budget::Keeper::new(ledger, self.registry.clone(), gate);
+            // Before anything is opened, unless the disk hangs.
+            let look = budget.look(&self.config, Utc::now());
+            let _ = tokio::time::timeout(FIRST_LOOK, look).await;
+            self.keepers.spawn(budget.run(configs.clone()));
         }
         self.start_worker(Duration::ZERO);
         let mut poll = Poll::new(self.room_context.api.clone());

@@ -51,6 +51,8 @@ impl fmt::Display for StreamId {
 pub enum CloseReason {
     /// The participant, not muted, has sent nothing for a while; the next packet opens another.
     Idle,
+    /// The participant has been silent for a while; their next words open another.
+    Parked,
     /// The track was unpublished or its subscription ended.
     TrackEnded,
     /// The provider or the network ended the stream; the session may open another.
@@ -73,6 +75,7 @@ impl fmt::Display for CloseReason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Idle => f.write_str("no audio from the participant"),
+            Self::Parked => f.write_str("parked: the participant is silent"),
             Self::TrackEnded => f.write_str("track ended"),
             Self::StreamFailed => f.write_str("stream failed"),
             Self::Deselected => f.write_str("no longer selected"),

@@ -2,6 +2,7 @@
 //! that each stream it opened was closed. See ARCHITECTURE.md for how.
 
 pub mod audio;
+mod budget;
 mod check;
 pub mod cli;
 pub mod close;

@@ -313,6 +313,19 @@ impl Permit {
             .update(self.id(), |entry| entry.state = StreamState::Open);
     }
 
+    /// How long the handshake has been complete.
+    pub fn open_for(&self) -> Duration {
+        let since = self.loan.as_ref().and_then(|loan| loan.connected_since);
+        since.map(|since| since.elapsed()).unwrap_or_default()
+    }
+
+    /// The provider does its work on the stream.
+    pub fn proven(&mut self) {
+        if let Some(admission) = &mut self.admission {
+            admission.proven();
+        }
+    }
+
     /// The provider has told its id of the stream.
     pub fn named(&self, request_id: &str) {
         self.registry.update(self.id(), |entry| {

@@ -11,12 +11,16 @@ use super::{
 use crate::store;
 
 /// Numbers: the key, whether 0 is allowed and means never, the least and the most, and the unit.
-const RANGES: [(&str, bool, u64, u64, &str); 24] = [
+const RANGES: [(&str, bool, u64, u64, &str); 29] = [
     ("rooms.poll_interval_ms", false, 50, 3_600_000, MS),
     ("rooms.reconcile_interval_ms", true, 50, 3_600_000, MS),
     ("agent.slots", true, 1, 100_000, "jobs"),
     ("agent.load_percent", false, 1, 100, "percent"),
     ("stt.max_streams", true, 1, 100_000, "streams"),
+    ("stt.park_after_ms", true, 500, 3_600_000, MS),
+    // RFC 6464: -127 dBov is digital silence.
+    ("stt.speech_level", false, 1, 126, "dB below full scale"),
+    ("stt.preroll_ms", true, 20, 10_000, MS),
     ("stt.page_ms", false, 20, 1000, MS),
     ("stt.connect_timeout_ms", false, 100, 20_000, MS),
     ("stt.close_grace_ms", false, 100, 120_000, MS),
@@ -34,7 +38,9 @@ const RANGES: [(&str, bool, u64, u64, &str); 24] = [
     ("transcripts.file_max_mb", false, 1, 1_000_000, "megabytes"),
     ("transcripts.file_keep", true, 1, 1000, "files"),
     ("ledger.retention_days", true, 1, 36_500, "days"),
-    ("quota.concurrent_streams", true, 1, 1_000_000, "streams"),
+    ("budget.day_minutes", true, 1, 100_000_000, "minutes"),
+    ("budget.month_minutes", true, 1, 1_000_000_000, "minutes"),
+    ("budget.warn_at_percent", false, 1, 100, "percent"),
     ("usage_reports.timeout_ms", false, 100, 120_000, MS),
     ("shutdown.deadline_ms", false, 100, 600_000, MS),
     ("shutdown.hurry_ms", false, 50, 600_000, MS),
@@ -112,6 +118,14 @@ pub(super) fn check_values(settings: &mut Settings<'_>) {
         if price && text(value).is_none_or(|text| store::parse_price(text).is_none()) {
             let allowed = "it must be the price of a minute, in digits, up to 1000, such as \
                            \"0.0077\"";
+            faults.push((key.to_owned(), allowed.to_owned()));
+        }
+    }
+    for key in ["budget.day_cost", "budget.month_cost"] {
+        let cost = settings.text(key);
+        if cost.is_some_and(|text| store::parse_amount(text).is_none_or(|cost| cost <= 0.0)) {
+            let allowed = "it must be an amount of ledger.currency, in digits, above 0, such as \
+                           \"25.50\"";
             faults.push((key.to_owned(), allowed.to_owned()));
         }
     }
@@ -236,6 +250,22 @@ pub(super) fn check_together(config: &Config, settings: &mut Settings<'_>) {
     }
     if config.usage_reports.url.is_some() && !config.ledger.enabled {
         settings.fault("usage_reports.url", "it needs ledger.enabled = true");
+    }
+    let budget = &config.budget;
+    if budget.is_set() && !config.ledger.enabled {
+        settings.fault(
+            "ledger.enabled",
+            "[budget] needs it: set it to true, or no budget",
+        );
+    }
+    let costs = [
+        ("budget.day_cost", &budget.day_cost),
+        ("budget.month_cost", &budget.month_cost),
+    ];
+    for (key, cost) in costs {
+        if cost.is_some() && config.ledger.prices.is_empty() {
+            settings.fault(key, "it needs prices, in [ledger.prices]");
+        }
     }
     at_most(settings, "shutdown.hurry_ms", "shutdown.deadline_ms");
     at_most(settings, "stt.retry_first_ms", "stt.retry_most_ms");

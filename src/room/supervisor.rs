@@ -575,10 +575,16 @@ impl Supervisor {
         let sid = track.sid();
         let packets = Box::new(move || packets(&track));
         let muted = Box::new(move || publication.is_muted());
+        let (speaker, terms) = (participant.clone(), self.room_context.terms.clone());
+        let priority = Box::new(move || {
+            let attributes = speaker.attributes();
+            terms.borrow().selection.priority(&attributes)
+        });
         let command = Command::Add(Track {
             sid: sid.to_string(),
             packets,
             muted,
+            priority,
         });
         let Some(running) = self.session(&participant.sid()) else {
             return self.start_session(participant, sid, command);
@@ -983,6 +989,7 @@ fn packets(track: &RemoteAudioTrack) -> Packets {
         payload: frame.payload,
         timestamp: frame.rtp_timestamp,
         sequence: frame.sequence,
+        level: frame.audio_level,
         received_at: frame.received_at,
     }))
 }
@@ -1133,6 +1140,7 @@ mod tests {
             include: vec!["*".into()],
             exclude: vec!["bot".into()],
             sources: vec![AudioSource::Microphone],
+            priority_attribute: None,
             attributes: Default::default(),
         });
         let track = TrackInfo {

@@ -37,6 +37,8 @@ use crate::{
 /// More audio than can come while a stream is opened: 20 s in the shortest pages.
 const MAX_WAITING_PAGES: usize = 1024;
 const MAX_WAITING_REPORTS: usize = 256;
+/// A provider that has said nothing of the audio, but has kept the stream for so long, does its work.
+const GOOD_AFTER: Duration = Duration::from_secs(3);
 
 enum Command {
     Audio(Page),
@@ -456,7 +458,12 @@ impl Live {
     fn on_command(&mut self, command: Command) {
         match command {
             Command::Audio(page) => self.machine.audio(now(), page),
-            Command::Alive => self.machine.owner_alive(now()),
+            Command::Alive => {
+                self.machine.owner_alive(now());
+                if self.permit.open_for() >= GOOD_AFTER {
+                    self.permit.proven();
+                }
+            }
         }
     }
 
@@ -488,6 +495,9 @@ impl Live {
 
     fn report(&mut self, reporter: Option<&mpsc::Sender<Report>>) {
         while let Some(report) = self.machine.next_report() {
+            if matches!(report, Report::Result(_)) {
+                self.permit.proven();
+            }
             if let Some(reporter) = reporter
                 && let Err(mpsc::error::TrySendError::Full(_)) = reporter.try_send(report)
             {

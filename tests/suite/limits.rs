@@ -25,7 +25,7 @@ use roomwarden::{
 use tokio::{
     sync::{mpsc, watch},
     task::JoinSet,
-    time::{Interval, interval, timeout},
+    time::{Interval, interval},
 };
 
 use crate::stage::{LIMIT, Stage, stop};
@@ -45,6 +45,7 @@ async fn next_packet(
         payload: FRAME.into(),
         timestamp: n * 960,
         sequence: n.into(),
+        level: None,
         received_at: Instant::now(),
     };
     Some((packet, (ticks, n + 1, frames)))
@@ -58,20 +59,26 @@ fn track(number: usize, lasts: Duration) -> Track {
         sid: format!("TR_{number}"),
         packets: Box::new(move || Box::pin(packets())),
         muted: Box::new(|| false),
+        priority: Box::new(|| 0),
     }
 }
 
-/// Sessions of one process.
-struct Sessions {
+/// Sessions of one process, without a room: p0, p1 and so on, with a track each.
+pub struct Sessions {
     registry: Registry,
-    gate: Gate,
+    pub gate: Gate,
     orders: watch::Sender<Option<CloseOrder>>,
     tasks: JoinSet<()>,
     commands: Vec<mpsc::Sender<Command>>,
 }
 
 impl Sessions {
-    fn start(config: &SttConfig, count: usize, lasts: Duration) -> Self {
+    pub fn start(config: &SttConfig, count: usize, lasts: Duration) -> Self {
+        let tracks = (0..count).map(|number| track(number, lasts));
+        Self::of(config, Sinks::default(), tracks)
+    }
+
+    pub fn of(config: &SttConfig, sinks: Sinks, tracks: impl Iterator<Item = Track>) -> Self {
         let registry = Registry::new(Ledger::default());
         let gate = Gate::new(Limits::new(config));
         let stt = Stt::new(Provider::new(config), Settings::new(config), gate.clone());
@@ -79,14 +86,14 @@ impl Sessions {
             room: "none".to_owned(),
             registry: registry.clone(),
             stt: watch::channel(Arc::new(stt)).1,
-            sinks: Sinks::default(),
+            sinks,
             to_room: None,
         });
         let (orders, _) = watch::channel(None);
         let (mut tasks, mut all) = (JoinSet::new(), Vec::new());
-        for number in 0..count {
+        for (number, track) in tracks.enumerate() {
             let (commands, received) = mpsc::channel(4);
-            let add = commands.try_send(Command::Add(track(number, lasts)));
+            let add = commands.try_send(Command::Add(track));
             assert!(add.is_ok());
             all.push(commands);
             let name = format!("p{number}");
@@ -106,7 +113,7 @@ impl Sessions {
         }
     }
 
-    async fn close(mut self) {
+    pub async fn close(mut self) {
         let reason = CloseReason::Shutdown("test".to_owned());
         let deadline = Instant::now() + LIMIT;
         order(&self.orders, &CloseOrder { reason, deadline });
@@ -120,50 +127,11 @@ impl Sessions {
     }
 }
 
-fn quickly(stage: &Stage) -> SttConfig {
+pub fn quickly(stage: &Stage) -> SttConfig {
     let mut config = stage.config().stt;
     config.retry_first_ms = 100;
     config.retry_most_ms = 1000;
     config
-}
-
-/// Fifty participants, from the beginning of the trouble to its end. How many requests it cost is
-/// the provider's count.
-#[tokio::test(flavor = "multi_thread")]
-async fn fifty_are_served_when_the_provider_has_recovered() {
-    const PEOPLE: usize = 50;
-    let busy = Reject::status(429).message("Rate limit exceeded.");
-    let faults = [
-        Reject::status(503),
-        busy.retry_after(Duration::from_secs(2)),
-        Reject::status(429),
-    ];
-    for reject in faults {
-        let stage = Stage::new().await;
-        let status = reject.status;
-        stage.stt.set_faults(stt::Faults {
-            reject_with: Some(reject.clone()),
-            ..Default::default()
-        });
-        let sessions = Sessions::start(&quickly(&stage), PEOPLE, LIMIT * 10);
-        let mut troubles = sessions.gate.trouble();
-        let trouble = timeout(LIMIT, troubles.wait_for(Option::is_some)).await;
-        let trouble = trouble.expect("trouble in time").expect("a gate").clone();
-        assert_eq!(trouble.expect("trouble").failure.status, Some(status));
-        tokio::time::sleep(Duration::from_secs(4)).await;
-        // One each, and from then on one at a time, half a second to a second apart; before the
-        // pause was known, some had a second try.
-        let rejections = stage.stt.witness().rejections();
-        assert!(rejections <= 2 * PEOPLE as u64, "{reject:?}: {rejections}");
-
-        stage.stt.set_faults(stt::Faults::default());
-        let witness = stage.open(PEOPLE).await;
-        assert_eq!(witness.opened, PEOPLE as u64);
-        assert!(sessions.gate.trouble().borrow().is_none());
-        sessions.close().await;
-        stage.all_acknowledged(PEOPLE).await;
-        stage.end().await;
-    }
 }
 
 /// The provider never sees more than it allows, and everybody who waited had a stream.

@@ -21,7 +21,9 @@ mod limits;
 mod lost;
 mod matrix;
 #[cfg(target_os = "linux")]
+mod parking;
 mod pid1;
+mod recovery;
 mod refused;
 mod rehearsal;
 mod reload;
