@@ -39,7 +39,7 @@ use crate::{
     registry::OpenStream,
     requests::{Refused, Request, Scope},
     store::Dimension,
-    usage,
+    usage, webhooks,
 };
 
 /// Receipts and failures at once.
@@ -63,7 +63,9 @@ pub(super) fn router(app: Arc<App>) -> Router {
         .method_not_allowed_fallback(wrong_method)
         .layer(axum::extract::DefaultBodyLimit::max(access::MAX_BODY))
         .layer(middleware::from_fn_with_state(app.clone(), access::guard))
-        .with_state(app)
+        .with_state(app.clone())
+        // LiveKit has no token of ours, and signs what it sends.
+        .merge(webhooks::router(&app.daemon.config().livekit, app.daemon.hints()))
 }
 
 /// The rest is from Cargo.toml.
