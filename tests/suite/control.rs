@@ -8,10 +8,15 @@ use std::{
     time::{Duration, Instant},
 };
 
-use livekit_api::services::room::CreateRoomOptions;
+use base64::{Engine, prelude::BASE64_STANDARD};
+use livekit_api::{access_token::AccessToken, services::room::CreateRoomOptions};
 use rehearsal::stt::{self, Reject};
-use roomwarden::cli::{EXIT_CHECK, EXIT_FAILURE, EXIT_OK, EXIT_UNACKNOWLEDGED, EXIT_USAGE};
+use roomwarden::{
+    cli::{EXIT_CHECK, EXIT_FAILURE, EXIT_OK, EXIT_UNACKNOWLEDGED, EXIT_USAGE},
+    webhooks::PATH,
+};
 use serde_json::{Value, json};
+use sha2::{Digest, Sha256};
 use tokio::{
     io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader},
     net::TcpStream,
@@ -1331,6 +1336,45 @@ async fn the_close_can_be_watched() {
     assert_eq!(daemon.post("/api/v1/drain").await.refused(409), "closing");
     let (status, log) = daemon.binary.exit().await;
     assert_eq!(status.code(), Some(EXIT_UNACKNOWLEDGED.into()), "{log}");
+    alice.leave().await;
+    stage.end().await;
+}
+
+/// LiveKit's webhooks come to the same address, with LiveKit's signature in place of a token. The rooms
+/// would be asked for in an hour.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_webhook_makes_the_rooms_be_asked_for_at_once() {
+    let stage = Stage::new().await;
+    let hourly = ("ROOMWARDEN__ROOMS__POLL_INTERVAL_MS", "3600000");
+    let token = ("ROOMWARDEN__CONTROL__TOKEN", TOKEN);
+    let daemon = Daemon::start(&stage, &[hourly, token]).await;
+    daemon
+        .until("/readyz", |ready| ready["ready"] == true)
+        .await;
+    let alice = stage.speaker("r", "alice").await;
+    let created = std::time::UNIX_EPOCH.elapsed().expect("a time").as_secs();
+    let event = json!({
+        "event": "room_started", "id": "EV_1", "createdAt": created.to_string(),
+        "room": {"name": "r"},
+    });
+    let event = event.to_string();
+    let signed = |secret: &str| {
+        let hash = BASE64_STANDARD.encode(Sha256::digest(&event));
+        let token = AccessToken::with_api_key(stage.rooms.api_key(), secret).with_sha256(&hash);
+        token.to_jwt().expect("a token")
+    };
+    let forged = signed("another secret, of the same length...");
+    let told = async |token: &str| {
+        let headers = [("Authorization", token)];
+        daemon.ask("POST", PATH, &headers, &event).await.status
+    };
+    assert_eq!(told(&forged).await, 401);
+    assert_eq!(stage.stt.witness().opened, 0);
+    let genuine = signed(stage.rooms.api_secret());
+    assert_eq!(told(&genuine).await, 200);
+    stage.streaming(1).await;
+    daemon.end(EXIT_OK).await;
+    stage.all_acknowledged(1).await;
     alice.leave().await;
     stage.end().await;
 }
