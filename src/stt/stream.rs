@@ -23,7 +23,7 @@ use tokio_tungstenite::{
 use super::{
     connect::{self, Connected, Dialled, Provider, Socket, Wire},
     gate::Admission,
-    machine::{Action, Limits, Machine, Report},
+    machine::{Action, Machine, Report},
 };
 use crate::{
     audio::{Page, seconds},
@@ -147,13 +147,7 @@ async fn run(
 ) {
     let receipt = match connect(&provider, &permit, &mut inbox).await {
         Ok(connected) => {
-            let mut stream = Owned::new(
-                permit,
-                connected,
-                provider.limits(),
-                registry,
-                inbox.orphan_grace,
-            );
+            let mut stream = Owned::new(permit, connected, provider, registry, inbox.orphan_grace);
             drive(stream.live_mut(), &mut inbox, Some(&reporter)).await;
             stream.settle(inbox.reason())
         }
@@ -307,6 +301,7 @@ async fn next_command(commands: &mut Option<mpsc::Receiver<Command>>) -> Option<
 /// A stream with its socket.
 struct Live {
     permit: Permit,
+    provider: Arc<Provider>,
     socket: Socket,
     machine: Machine,
     totals: StreamTotals,
@@ -328,7 +323,7 @@ impl Owned {
     fn new(
         mut permit: Permit,
         connected: Connected,
-        limits: Limits,
+        provider: Arc<Provider>,
         registry: Registry,
         orphan_grace: Duration,
     ) -> Self {
@@ -343,7 +338,8 @@ impl Owned {
         let live = Live {
             permit,
             socket: connected.socket,
-            machine: Machine::new(now(), limits),
+            machine: Machine::new(now(), provider.limits()),
+            provider,
             totals,
             samples: 0,
             unflushed: false,
@@ -474,10 +470,14 @@ impl Live {
         match event {
             Io::Flushed => self.machine.flushed(),
             Io::Text(text) => {
+                let text = self.provider.hide(&text);
                 self.machine.text(now(), &text);
                 self.learn_name();
             }
-            Io::CloseFrame(code, reason) => self.machine.close_frame(code, &reason),
+            Io::CloseFrame(code, reason) => {
+                let reason = self.provider.hide(&reason);
+                self.machine.close_frame(code, &reason);
+            }
             Io::Nothing => {}
             Io::Ended(failure) => self.machine.ended(failure),
         }
@@ -697,8 +697,8 @@ mod tests {
             let dialled = self.provider.dial().await.expect("dialled");
             permit.connected(dialled.socket_id().expect("its number"));
             let connected = self.provider.upgrade(dialled).await.expect("upgraded");
-            let limits = self.provider.limits();
-            Owned::new(permit, connected, limits, self.registry.clone(), LIMIT)
+            let (provider, registry) = (self.provider.clone(), self.registry.clone());
+            Owned::new(permit, connected, provider, registry, LIMIT)
         }
     }
 

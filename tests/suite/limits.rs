@@ -7,7 +7,7 @@ use std::{
 };
 
 use futures_util::stream::unfold;
-use rehearsal::stt::{self, Reject};
+use rehearsal::stt::{self, CloseWith, ErrorWith, Faults, Reject};
 use roomwarden::{
     close::{CloseOrder, order},
     config::SttConfig,
@@ -28,7 +28,7 @@ use tokio::{
     time::{Interval, interval},
 };
 
-use crate::stage::{LIMIT, Stage, stop};
+use crate::stage::{Binary, LIMIT, Stage, stop};
 
 /// 20 ms of silence.
 const FRAME: [u8; 3] = [0xf8, 0xff, 0xfe];
@@ -169,6 +169,52 @@ async fn twenty_share_five_streams() {
     }
 }
 
+/// A provider that quotes the key, in the answer to a handshake, in an error, and when it closes.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_key_that_the_provider_quotes_is_not_repeated() {
+    let stage = Stage::new().await;
+    let key = stage.stt.api_key();
+    let quoted = |what: &str| format!("{what}: {}{key} is wrong", "x".repeat(290 - key.len() / 2));
+    let refused = Faults {
+        reject_with: Some(Reject::status(503).message(quoted("refused"))),
+        handshakes: Some(1),
+        ..Default::default()
+    };
+    let closed = Faults {
+        error: Some(ErrorWith {
+            description: quoted("error"),
+            ..Default::default()
+        }),
+        close_with: Some(CloseWith {
+            code: 1011,
+            reason: format!("closed: {key}"),
+            after: Duration::from_millis(100),
+        }),
+        ..Default::default()
+    };
+    stage.stt.set_faults(refused);
+    let quickly = ("ROOMWARDEN__STT__RETRY_MOST_MS", "200");
+    let mut binary = Binary::run(&stage, &[quickly, ("RUST_LOG", "trace")]);
+    let alice = stage.speaker("r", "alice").await;
+    binary.logged("refused: xxx").await;
+    stage.stt.set_faults(closed);
+    binary.logged("error: xxx").await;
+    binary.logged("closed: ***").await;
+    stage.stt.set_faults(Faults::default());
+    stage.streaming(1).await;
+    binary.signal("TERM");
+    let (_, mut said) = binary.exit().await;
+    for file in std::fs::read_dir(stage.state.path()).expect("readable") {
+        let bytes = std::fs::read(file.expect("entry").path()).expect("readable");
+        said.push_str(&String::from_utf8_lossy(&bytes));
+    }
+    // Nor a part of it that a bound has left.
+    let part = &key[..key.len() / 2];
+    assert!(!said.contains(part), "{said}");
+    alice.leave().await;
+    stage.end().await;
+}
+
 /// What the room is told of the daemon's participant.
 async fn told(stage: &Stage) -> [String; 2] {
     let participants = stage.api().list_participants("r").await.expect("a list");
@@ -191,7 +237,7 @@ async fn until_told(stage: &Stage, what: [&str; 2]) {
 #[tokio::test(flavor = "multi_thread")]
 async fn the_room_is_told_that_the_quota_is_used_up_and_when_it_is_over() {
     let stage = Stage::new().await;
-    stage.stt.set_faults(stt::Faults {
+    stage.stt.set_faults(Faults {
         reject_with: Some(Reject::status(402)),
         ..Default::default()
     });
@@ -202,7 +248,7 @@ async fn the_room_is_told_that_the_quota_is_used_up_and_when_it_is_over() {
     until_told(&stage, ["paused", paused]).await;
     // One each at most, and one for all after a pause.
     assert!(stage.stt.witness().rejected[&402] <= 4);
-    stage.stt.set_faults(stt::Faults::default());
+    stage.stt.set_faults(Faults::default());
     stage.streaming(2).await;
     until_told(&stage, ["", ""]).await;
     alice.leave().await;
