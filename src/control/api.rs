@@ -65,7 +65,10 @@ pub(super) fn router(app: Arc<App>) -> Router {
         .layer(middleware::from_fn_with_state(app.clone(), access::guard))
         .with_state(app.clone())
         // LiveKit has no token of ours, and signs what it sends.
-        .merge(webhooks::router(&app.daemon.config().livekit, app.daemon.hints()))
+        .merge(webhooks::router(
+            &app.daemon.config().livekit,
+            app.daemon.hints(),
+        ))
 }
 
 /// The rest is from Cargo.toml.
