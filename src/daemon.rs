@@ -709,6 +709,7 @@ impl Root {
             self.past
                 .retain(|name, past| match sids.get(name.as_str()) {
                     Some(sid) => past.is_of(Some(sid)),
+                    None if self.draining => false,
                     None => self.selection.is_static(name) && past.is_of(None),
                 });
         }
@@ -970,7 +971,11 @@ impl Root {
 
     /// The last room of a daemon that drains is over.
     fn drained(&self) -> bool {
-        let over = || self.past.values().all(|past| !past.unfinished);
+        let wanted = |name: &str| self.selection.fits(name) || self.claims.want(name);
+        let over = || {
+            let mut past = self.past.iter();
+            past.all(|(name, past)| !past.unfinished || !wanted(name))
+        };
         self.draining && self.running.is_empty() && over()
     }
 

@@ -10,9 +10,9 @@ use std::{
 
 use axum::{
     Router,
-    body::Bytes,
-    extract::{DefaultBodyLimit, State},
-    http::{HeaderMap, StatusCode, header::AUTHORIZATION},
+    body::to_bytes,
+    extract::{Request, State},
+    http::{StatusCode, header::AUTHORIZATION},
     routing::post,
 };
 use base64::{Engine, engine::general_purpose::STANDARD};
@@ -30,6 +30,8 @@ use crate::{config::LiveKitConfig, ledger::unix_ms};
 pub const PATH: &str = "/webhooks/livekit";
 /// Events with the metadata of a room and a participant have a megabyte at most.
 const MAX_BODY: usize = 2 << 20;
+/// For a body to come.
+const BODY_LIMIT: Duration = Duration::from_secs(10);
 /// LiveKit tries for some two minutes; clocks differ.
 const SKEW: Duration = Duration::from_secs(300);
 /// Ids that are remembered; a replay of one that is forgotten is one more hint.
@@ -195,18 +197,27 @@ pub fn router(livekit: &LiveKitConfig, hints: Hints) -> Router {
     let webhooks = Arc::new(Webhooks::new(livekit));
     Router::new()
         .route(PATH, post(receive))
-        .layer(DefaultBodyLimit::max(MAX_BODY))
         .with_state((webhooks, hints))
 }
 
 async fn receive(
     State((webhooks, hints)): State<(Arc<Webhooks>, Hints)>,
-    headers: HeaderMap,
-    body: Bytes,
+    request: Request,
 ) -> (StatusCode, String) {
-    let authorization = headers
-        .get(AUTHORIZATION)
-        .and_then(|value| value.to_str().ok());
+    let (parts, body) = request.into_parts();
+    let authorization = parts.headers.get(AUTHORIZATION);
+    let authorization = authorization.and_then(|value| value.to_str().ok());
+    let body = match tokio::time::timeout(BODY_LIMIT, to_bytes(body, MAX_BODY)).await {
+        Ok(Ok(body)) => body,
+        Ok(Err(_)) => {
+            let said = format!("no body, or one of more than {MAX_BODY} bytes\n");
+            return (StatusCode::PAYLOAD_TOO_LARGE, said);
+        }
+        Err(_) => {
+            let said = format!("no whole body within {BODY_LIMIT:?}\n");
+            return (StatusCode::REQUEST_TIMEOUT, said);
+        }
+    };
     let status = match webhooks.verify(&body, authorization, SystemTime::now()) {
         Ok(event) => {
             tracing::debug!(event = event.event, room = event.room, "webhook");

@@ -155,10 +155,7 @@ impl Root {
         match is_running {
             true if next => {}
             true => self.renew(&name),
-            false => {
-                self.past.remove(&name);
-                self.join(name, Some(sid).filter(|sid| !sid.is_empty()));
-            }
+            false => self.join_now(name, sid),
         }
     }
 
@@ -220,11 +217,25 @@ impl Root {
 
     /// Joins the next room of that name, if a job for it came while the last one was closing.
     pub(super) fn join_for_next(&mut self, room: &str) {
+        if self.draining {
+            let jobs = self.claims.remove(room, |claim| claim.ticket.is_some());
+            return self.tell_over(jobs, &Err("the daemon takes no more rooms".to_owned()));
+        }
         let next = self.claims.of(room).find(|claim| claim.ticket.is_some());
         if let Some(sid) = next.map(|claim| claim.sid.clone()) {
-            self.past.remove(room);
-            self.join(room.to_owned(), Some(sid).filter(|sid| !sid.is_empty()));
+            self.join_now(room.to_owned(), sid);
         }
+    }
+
+    /// Whatever kept us out of it before; who was closed in it by request stays so.
+    fn join_now(&mut self, room: String, sid: String) {
+        if let Some(past) = self.past.get_mut(&room) {
+            past.again = Some(Instant::now());
+            if past.sid.as_ref() != Some(&sid) {
+                self.past.remove(&room);
+            }
+        }
+        self.join(room, Some(sid).filter(|sid| !sid.is_empty()));
     }
 
     /// Claims on rooms that the server does not have any more. `listed`: SIDs by name.

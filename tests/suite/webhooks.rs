@@ -3,11 +3,12 @@
 use std::{
     collections::BTreeMap,
     sync::{Arc, Mutex},
-    time::Duration,
+    time::{Duration, SystemTime},
 };
 
 use axum::{Router, body::Bytes, http::HeaderMap};
-use livekit_api::services::room::CreateRoomOptions;
+use base64::{Engine, engine::general_purpose::STANDARD};
+use livekit_api::{access_token::AccessToken, services::room::CreateRoomOptions};
 use livekit_protocol::{CreateAgentDispatchRequest, DisconnectReason};
 use rehearsal::{
     room::{self, DeliveryOutcome, Whom},
@@ -15,15 +16,18 @@ use rehearsal::{
     stt,
 };
 use roomwarden::{
+    cli::EXIT_OK,
     daemon::Daemon,
+    ledger::unix_ms,
     transcripts::Sinks,
     webhooks::{self, Hints, PATH},
 };
+use sha2::{Digest, Sha256};
 use tokio::{net::TcpListener, task::JoinSet};
 
 use crate::{
     agents::seen,
-    stage::{Stage, stop},
+    stage::{Binary, Stage, stop},
     worker::agent,
 };
 
@@ -102,6 +106,56 @@ async fn a_webhook_makes_the_daemon_look_at_once() {
         })
         .await;
     stop(&daemon).await;
+    stage.end().await;
+}
+
+/// On the control API's address, without a token of it.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_control_api_takes_them() {
+    let stage = Stage::new().await;
+    let mut binary = Binary::run(
+        &stage,
+        &[
+            ("ROOMWARDEN__CONTROL__LISTEN", "127.0.0.1:0"),
+            (
+                "ROOMWARDEN__CONTROL__TOKEN",
+                "a-token-that-livekit-does-not-have",
+            ),
+            ("ROOMWARDEN__ROOMS__POLL_INTERVAL_MS", "3600000"),
+        ],
+    );
+    binary.logged("the control API listens").await;
+    let log = binary.log();
+    let (_, after) = log.split_once("the control API listens").expect("logged");
+    let (_, address) = after.split_once("address=").expect("an address");
+    let address = address.split_whitespace().next().expect("an address");
+    let url = format!("http://{address}{PATH}");
+    // Its first list of rooms may come a moment after this; hints go on until it is in the room.
+    let ann = stage.speaker("r", "ann").await;
+    let mut n = 0;
+    while stage.stt.witness().opened == 0 {
+        n += 1;
+        let now = unix_ms(SystemTime::now()) / 1000;
+        let body = format!("{{\"id\": \"EV_{n}\", \"createdAt\": \"{now}\"}}");
+        let (key, secret) = (stage.rooms.api_key(), stage.rooms.api_secret());
+        let token = AccessToken::with_api_key(key, secret)
+            .with_sha256(&STANDARD.encode(Sha256::digest(&body)))
+            .to_jwt()
+            .expect("a token");
+        let mut headers = HeaderMap::new();
+        headers.insert("authorization", token.parse().expect("a header"));
+        let kind = "application/webhook+json".parse().expect("a header");
+        headers.insert("content-type", kind);
+        assert_eq!(post_again(&url, &headers, &body.into()).await, 200);
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        assert!(n < 600, "it never looks");
+    }
+    stage.streaming(1).await;
+    binary.signal("TERM");
+    let (status, log) = binary.exit().await;
+    assert_eq!(status.code(), Some(EXIT_OK.into()), "{log}");
+    stage.all_acknowledged(1).await;
+    ann.leave().await;
     stage.end().await;
 }
 

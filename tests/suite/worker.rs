@@ -18,6 +18,7 @@ use roomwarden::{
     cli::{EXIT_OK, EXIT_UNACKNOWLEDGED, EXIT_USAGE},
     config::{Config, JobKind},
     daemon::Daemon,
+    requests::Request,
     transcripts::Sinks,
 };
 use serde_json::Value;
@@ -337,6 +338,50 @@ async fn without_a_free_slot_it_is_full_and_what_was_lost_is_taken_up_later() {
     );
     stop(&daemon).await;
     stage.all_acknowledged(2).await;
+    bob.leave().await;
+    stage.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_daemon_that_drains_takes_no_jobs_and_ends_with_its_last_room() {
+    let stage = stage();
+    let daemon = start(&stage, agent(&stage), 1).await;
+    let full = async |full: bool| {
+        let told = |w: &room::Witness| w.workers[0].full == full;
+        seen(&stage, "the worker says whether it takes jobs", told).await;
+    };
+    for request in [Request::Drain, Request::Undrain] as [fn(_) -> _; 2] {
+        // One room, so that the drain has something to wait for.
+        if stage.rooms.witness().jobs.is_empty() {
+            stage.joined("kept", &[IDENTITY]).await;
+        }
+        assert_eq!(daemon.ask(request).await, Ok(()));
+        full(matches!(
+            request(tokio::sync::oneshot::channel().0),
+            Request::Drain(_)
+        ))
+        .await;
+    }
+    let ann = stage.speaker("r", "ann").await;
+    stage.streaming(1).await;
+    assert_eq!(daemon.ask(Request::Drain).await, Ok(()));
+    full(true).await;
+    let bob = stage.speaker("late", "bob").await;
+    let lost = |w: &room::Witness| {
+        let mut jobs = w.jobs_of("late");
+        jobs.next()
+            .is_some_and(|job| job.status == JobStatus::Unassigned)
+    };
+    seen(&stage, "nobody gets the job", lost).await;
+    for room in ["kept", "r"] {
+        stage.api().delete_room(room).await.expect("deletion");
+    }
+    let report = tokio::time::timeout(LIMIT, daemon.closed()).await;
+    let report = report.expect("it ends by itself");
+    assert!(report.nothing_left() && report.opened == 1, "{report:#?}");
+    stage.all_acknowledged(1).await;
+    registered(&stage, 0).await;
+    ann.leave().await;
     bob.leave().await;
     stage.end().await;
 }
