@@ -30,6 +30,8 @@ use crate::config::ControlConfig;
 
 /// Of a request, in bytes.
 pub(super) const MAX_BODY: usize = 64 << 10;
+/// For a body to come.
+pub(super) const BODY_LIMIT: Duration = Duration::from_secs(10);
 /// Tokens that are not accepted, from one address: so many at once, and then one in so long.
 const GUESSES: Bucket = Bucket::new(10.0, Duration::from_secs(1));
 /// Addresses that are remembered for that.
@@ -74,6 +76,14 @@ pub(super) async fn guard(State(app): State<Arc<App>>, request: Request, next: N
     );
     let nosniff = axum::http::HeaderValue::from_static("nosniff");
     headers.insert(X_CONTENT_TYPE_OPTIONS, nosniff);
+    response
+}
+
+/// What is not for everybody by other means passes here instead.
+pub(super) async fn in_time(State(app): State<Arc<App>>, request: Request, next: Next) -> Response {
+    let answered = tokio::time::timeout(BODY_LIMIT, next.run(request)).await;
+    let response = answered.unwrap_or_else(|_| ApiError::too_slow().into_response());
+    app.requests.answered(response.status());
     response
 }
 

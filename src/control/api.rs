@@ -47,8 +47,6 @@ const MAX_LAST: usize = 1000;
 const DEFAULT_LAST: usize = 100;
 /// A filter of the log, in bytes.
 const MAX_FILTER: usize = 4096;
-/// For a body to come.
-const BODY_LIMIT: Duration = Duration::from_secs(10);
 /// For an order to be taken.
 const ASK_LIMIT: Duration = Duration::from_secs(10);
 /// What a close may take beyond the time that its streams have: to leave a room.
@@ -58,17 +56,17 @@ type Answer<T> = Result<Json<T>, ApiError>;
 
 pub(super) fn router(app: Arc<App>) -> Router {
     let (router, _) = documented().split_for_parts();
+    let webhooks = webhooks::router(&app.daemon.config().livekit, app.daemon.hints());
+    let in_time = middleware::from_fn_with_state(app.clone(), access::in_time);
     router
         .fallback(not_found)
         .method_not_allowed_fallback(wrong_method)
         .layer(axum::extract::DefaultBodyLimit::max(access::MAX_BODY))
         .layer(middleware::from_fn_with_state(app.clone(), access::guard))
-        .with_state(app.clone())
+        .with_state(app)
         // LiveKit has no token of ours, and signs what it sends.
-        .merge(webhooks::router(
-            &app.daemon.config().livekit,
-            app.daemon.hints(),
-        ))
+        .merge(webhooks.layer(in_time))
+        .method_not_allowed_fallback(wrong_method)
 }
 
 /// The rest is from Cargo.toml.
@@ -450,7 +448,7 @@ async fn undrain(AppState(app): AppState<Arc<App>>) -> Answer<State> {
 ))]
 async fn log(AppState(app): AppState<Arc<App>>, request: HttpRequest) -> Answer<LogFilter> {
     let body = Json::<LogFilter>::from_request(request, &());
-    let body = tokio::time::timeout(BODY_LIMIT, body).await;
+    let body = tokio::time::timeout(access::BODY_LIMIT, body).await;
     let Json(new) = body.map_err(|_| ApiError::too_slow())??;
     let fix = "see EnvFilter of tracing-subscriber: info, or info,roomwarden::stt=debug";
     if new.filter.is_empty() || new.filter.len() > MAX_FILTER {

@@ -1229,8 +1229,17 @@ async fn what_is_too_much_or_from_elsewhere_is_refused() {
     let refused = answer(daemon.send(&head).await).await;
     assert_eq!(refused.status, 431);
 
-    // Who does not come to the end of a head is not waited for; see below.
+    assert_eq!(
+        daemon.get("/webhooks/livekit").await.refused(405),
+        "wrong_method"
+    );
+    // Who does not come to the end of a head, or of a body, is not waited for; see below.
     let mut slow = daemon.send(&head[..100]).await;
+    let announced = [json, ("Content-Length", "100")];
+    let slow_log = daemon.send(&daemon.head("PUT", log, &announced)).await;
+    let slow_hook = daemon
+        .send(&daemon.head("POST", "/webhooks/livekit", &announced))
+        .await;
 
     // As many listeners as may, and then no more.
     let mut listeners = Vec::new();
@@ -1275,6 +1284,9 @@ async fn what_is_too_much_or_from_elsewhere_is_refused() {
 
     let closed = timeout(LIMIT, slow.read(&mut byte)).await.expect("closed");
     assert!(closed.is_ok(), "{closed:?}");
+    for slow in [slow_log, slow_hook] {
+        assert_eq!(answer(slow).await.refused(408), "too_slow");
+    }
 
     let said = says(&stage, &["log", "a=b=c"], EXIT_USAGE).await;
     assert!(said.contains("a=b=c"), "{said}");
