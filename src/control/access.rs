@@ -79,14 +79,6 @@ pub(super) async fn guard(State(app): State<Arc<App>>, request: Request, next: N
     response
 }
 
-/// What is not for everybody by other means passes here instead.
-pub(super) async fn in_time(State(app): State<Arc<App>>, request: Request, next: Next) -> Response {
-    let answered = tokio::time::timeout(BODY_LIMIT, next.run(request)).await;
-    let response = answered.unwrap_or_else(|_| ApiError::too_slow().into_response());
-    app.requests.answered(response.status());
-    response
-}
-
 fn allow(app: &App, request: &Request) -> Result<(), ApiError> {
     let config = app.daemon.config();
     let config = &config.control;

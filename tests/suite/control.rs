@@ -1284,9 +1284,9 @@ async fn what_is_too_much_or_from_elsewhere_is_refused() {
 
     let closed = timeout(LIMIT, slow.read(&mut byte)).await.expect("closed");
     assert!(closed.is_ok(), "{closed:?}");
-    for slow in [slow_log, slow_hook] {
-        assert_eq!(answer(slow).await.refused(408), "too_slow");
-    }
+    assert_eq!(answer(slow_log).await.refused(408), "too_slow");
+    // In LiveKit's own way.
+    assert_eq!(answer(slow_hook).await.status, 408);
 
     let said = says(&stage, &["log", "a=b=c"], EXIT_USAGE).await;
     assert!(said.contains("a=b=c"), "{said}");
