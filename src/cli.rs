@@ -12,7 +12,10 @@ use anstream::ColorChoice;
 use clap::{Args, CommandFactory, Parser, Subcommand};
 use clap_complete::Shell;
 use tokio::sync::{Notify, mpsc};
-use tracing_subscriber::{EnvFilter, reload};
+use tracing::{Level, Metadata};
+use tracing_subscriber::{
+    EnvFilter, filter::filter_fn, layer::SubscriberExt, reload, util::SubscriberInitExt,
+};
 use url::Url;
 
 use crate::{
@@ -554,6 +557,12 @@ fn parsed(name: &str, filter: &str) -> Result<EnvFilter, String> {
     EnvFilter::try_new(quiet).map_err(|error| format!("{name} is {filter:?}: {error}"))
 }
 
+/// Whatever the filter says: below info the websocket library logs whole requests and messages, keys
+/// and tokens in them.
+fn is_discreet(metadata: &Metadata<'_>) -> bool {
+    !metadata.target().starts_with("tungstenite") || *metadata.level() <= Level::INFO
+}
+
 /// Logs to standard error, so that standard output is the transcripts' own.
 pub(crate) fn log_to_stderr(filter: &str, format: LogFormat) -> Result<Log, String> {
     let filter = self::filter(filter)?;
@@ -576,13 +585,13 @@ pub(crate) fn log_to_stderr(filter: &str, format: LogFormat) -> Result<Log, Stri
         true => {
             let log = log.json().flatten_event(true).with_filter_reloading();
             let handle = log.reload_handle();
-            log.init();
+            log.finish().with(filter_fn(is_discreet)).init();
             Box::new(move |filter| handle.reload(filter))
         }
         false => {
             let log = log.with_filter_reloading();
             let handle = log.reload_handle();
-            log.init();
+            log.finish().with(filter_fn(is_discreet)).init();
             Box::new(move |filter| handle.reload(filter))
         }
     };
