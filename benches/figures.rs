@@ -118,6 +118,7 @@ impl Stage {
             ("ROOMWARDEN__STT__URL", stt_url),
             ("ROOMWARDEN__ROOMS__POLL_INTERVAL_MS", "100"),
             ("ROOMWARDEN__TRANSCRIPTS__STDOUT", "false"),
+            ("ROOMWARDEN__CONTROL__LISTEN", "127.0.0.1:0"),
             ("ROOMWARDEN__LOG__FILTER", "warn,roomwarden=info"),
             (
                 "ROOMWARDEN__STATE__DIR",

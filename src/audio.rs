@@ -8,6 +8,7 @@
 //! the line remembers them and [`AudioLine::track_time`] adds them back.
 
 mod opus;
+mod speech;
 
 use std::{
     collections::VecDeque,
@@ -17,6 +18,7 @@ use std::{
 use ogg::writing::{PacketWriteEndInfo, PacketWriter};
 
 use crate::config::Encoding;
+pub use speech::Ear;
 
 /// Opus always counts in 48 kHz samples, in RTP (RFC 7587) and in Ogg (RFC 7845).
 const RATE: u32 = 48_000;

@@ -287,7 +287,8 @@ async fn unreachable(url: &Url) -> Option<String> {
 /// Whether a token to join is accepted, as clients ask before they join.
 async fn joining(config: &Config, api: &RoomApi, room: &str) -> Finding {
     let name = "joining";
-    let token = match api.join_token(room, &config.rooms.identity, config.rooms.hidden) {
+    let identity = &config.rooms.identity;
+    let token = match api.join_token(room, identity, identity, config.rooms.hidden) {
         Ok(token) => token,
         Err(error) => {
             let said = format!("no token can be made: {error}");

@@ -9,15 +9,25 @@ use std::{
 };
 
 use anstream::ColorChoice;
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, CommandFactory, Parser, Subcommand};
+use clap_complete::Shell;
 use tokio::sync::{Notify, mpsc};
-use tracing_subscriber::{EnvFilter, reload};
+use tracing::{Level, Metadata};
+use tracing_subscriber::{
+    EnvFilter, filter::filter_fn, layer::SubscriberExt, reload, util::SubscriberInitExt,
+};
 use url::Url;
 
 use crate::{
     check,
     config::{Config, ConfigError, Flag, LogFormat, StateConfig},
+    control::{
+        self, Bound, Control,
+        command::{self, CloseArgs, EventsArgs, LogArgs, PlainArgs, ReopenArgs},
+    },
     daemon::{Daemon, Failure, Report},
+    dispatch::{self, DispatchArgs},
+    force_close::{self, ForceCloseArgs},
     journal::{Journal, Recovered},
     lines::{LineWriter, LogWriter},
     notify::{Notifier, Reload},
@@ -82,10 +92,28 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Ask LiveKit for a daemon in a room, with settings for that room, or take that back
+    Dispatch(DispatchArgs),
+    /// End rooms for everybody, and verify it
+    ForceClose(ForceCloseArgs),
     /// Show what was used: streams, minutes and cost, from the ledger
     Usage(UsageArgs),
+    /// Show how the daemon is, and how many streams are open, by whose count
+    Status(PlainArgs),
     /// Show the streams that are open, and the last ones that are over
     Streams(StreamsArgs),
+    /// Close a stream, a participant's or a room's, in order, and show the receipts
+    Close(CloseArgs),
+    /// Take back that a participant or a room was closed
+    Reopen(ReopenArgs),
+    /// Take no new rooms and participants, and end with the last room
+    Drain(PlainArgs),
+    /// Take new rooms and participants again
+    Undrain(PlainArgs),
+    /// Show what happens, as it happens
+    Events(EventsArgs),
+    /// Set what the daemon logs, until its configuration is read anew
+    Log(LogArgs),
     /// Show how much is used this month, here and by the provider, and how much is left
     Quota(QuotaArgs),
     /// Compare the receipts with the provider's list of requests
@@ -103,6 +131,8 @@ enum Command {
     /// Run the embedded room and STT servers alone
     #[cfg(feature = "rehearsal")]
     Rehearsal(crate::demo::RehearsalArgs),
+    /// Print a script that completes this command in a shell
+    Completions { shell: Shell },
     /// Print the version
     Version,
 }
@@ -193,8 +223,17 @@ pub fn main() -> ExitCode {
         match cli.command {
             Command::Run(config) => run(config, format).await,
             Command::Check { config, json } => check::check(config, format, json).await,
+            Command::Dispatch(args) => dispatch::dispatch(args, format).await,
+            Command::ForceClose(args) => force_close::force_close(args, format).await,
             Command::Usage(args) => usage::usage(args, format),
-            Command::Streams(args) => usage::streams(args, format),
+            Command::Status(args) => command::status(args, format).await,
+            Command::Streams(args) => usage::streams(args, format).await,
+            Command::Close(args) => command::close(args, format).await,
+            Command::Reopen(args) => command::reopen(args, format).await,
+            Command::Drain(args) => command::drain(args, format).await,
+            Command::Undrain(args) => command::undrain(args, format).await,
+            Command::Events(args) => command::events(args, format).await,
+            Command::Log(args) => command::log(args, format).await,
             Command::Quota(args) => quota::quota(args, format).await,
             Command::Audit(args) => quota::audit(args, format).await,
             #[cfg(feature = "rehearsal")]
@@ -203,6 +242,7 @@ pub fn main() -> ExitCode {
             Command::Dev(args) => crate::demo::dev(args, format).await,
             #[cfg(feature = "rehearsal")]
             Command::Rehearsal(args) => crate::demo::rehearsal(args, format).await,
+            Command::Completions { shell } => completions(shell),
             Command::Version => match writeln!(io::stdout(), "roomwarden {VERSION}") {
                 Ok(()) => EXIT_OK,
                 Err(error) => complain(EXIT_FAILURE, &error.to_string()),
@@ -211,6 +251,15 @@ pub fn main() -> ExitCode {
     });
     runtime.shutdown_timeout(RUNTIME_SHUTDOWN);
     ExitCode::from(code)
+}
+
+fn completions(shell: Shell) -> u8 {
+    let mut script = Vec::new();
+    clap_complete::generate(shell, &mut Cli::command(), "roomwarden", &mut script);
+    match io::stdout().write_all(&script) {
+        Ok(()) => EXIT_OK,
+        Err(error) => complain(EXIT_FAILURE, &error.to_string()),
+    }
 }
 
 async fn run(args: ConfigArgs, format: Option<LogFormat>) -> u8 {
@@ -251,6 +300,11 @@ async fn run(args: ConfigArgs, format: Option<LogFormat>) -> u8 {
             return complain(EXIT_FAILURE, &format!("cannot listen for signals: {error}"));
         }
     };
+    // With the journal, which nobody else has: a socket that an earlier run left may be replaced.
+    let bound = match Bound::bind(&config).await {
+        Ok(bound) => bound,
+        Err(said) => return usage_error(&said),
+    };
     let watchdog = match Watchdog::start(&config.shutdown, EXIT_STUCK) {
         Ok(watchdog) => watchdog,
         Err(error) => {
@@ -278,6 +332,12 @@ async fn run(args: ConfigArgs, format: Option<LogFormat>) -> u8 {
         Err(error) => tracing::warn!(%error, "the service manager can't be told"),
     }
     let log = Arc::new(log);
+    let refilter = log.clone();
+    let control = Control::start(
+        bound,
+        daemon.clone(),
+        Box::new(move |filter| refilter.filter_as_asked(filter)),
+    );
     let reloader = Arc::new(Reloader {
         args,
         format,
@@ -296,6 +356,8 @@ async fn run(args: ConfigArgs, format: Option<LogFormat>) -> u8 {
         Ending::Abandoned => daemon.account(),
     };
     let until = Instant::now() + LAST_LINES;
+    // Last of all that can be watched, and out of the time for the last lines.
+    control.end(Instant::now() + control::LAST_ANSWERS).await;
     if ending == Ending::Closed {
         sinks.flush(until);
     }
@@ -466,7 +528,16 @@ impl Log {
 
     /// From now on. `RUST_LOG` still wins.
     fn filter_by(&self, filter: &str) -> Result<(), String> {
-        let refiltered = (self.refilter)(self::filter(filter)?);
+        self.set(self::filter(filter)?)
+    }
+
+    /// From now on, whatever `RUST_LOG` says.
+    fn filter_as_asked(&self, filter: &str) -> Result<(), String> {
+        self.set(parsed("filter", filter)?)
+    }
+
+    fn set(&self, filter: EnvFilter) -> Result<(), String> {
+        let refiltered = (self.refilter)(filter);
         refiltered.map_err(|error| format!("log.filter can't be changed: {error}"))
     }
 }
@@ -477,9 +548,19 @@ fn filter(configured: &str) -> Result<EnvFilter, String> {
         Ok(filter) if !filter.is_empty() => ("RUST_LOG", filter),
         _ => ("log.filter", configured.to_owned()),
     };
+    parsed(name, &filter)
+}
+
+fn parsed(name: &str, filter: &str) -> Result<EnvFilter, String> {
     // Says something of each packet, at level info. Who names it has the last word.
     let quiet = format!("turn_client_proto=warn,{filter}");
     EnvFilter::try_new(quiet).map_err(|error| format!("{name} is {filter:?}: {error}"))
+}
+
+/// Whatever the filter says: below info the websocket library logs whole requests and messages, keys
+/// and tokens in them.
+fn is_discreet(metadata: &Metadata<'_>) -> bool {
+    !metadata.target().starts_with("tungstenite") || *metadata.level() <= Level::INFO
 }
 
 /// Logs to standard error, so that standard output is the transcripts' own.
@@ -504,13 +585,13 @@ pub(crate) fn log_to_stderr(filter: &str, format: LogFormat) -> Result<Log, Stri
         true => {
             let log = log.json().flatten_event(true).with_filter_reloading();
             let handle = log.reload_handle();
-            log.init();
+            log.finish().with(filter_fn(is_discreet)).init();
             Box::new(move |filter| handle.reload(filter))
         }
         false => {
             let log = log.with_filter_reloading();
             let handle = log.reload_handle();
-            log.init();
+            log.finish().with(filter_fn(is_discreet)).init();
             Box::new(move |filter| handle.reload(filter))
         }
     };

@@ -9,6 +9,7 @@ use std::{
     collections::{BTreeMap, HashMap},
     ffi::OsString,
     fmt,
+    net::SocketAddr,
     path::{Path, PathBuf},
 };
 
@@ -19,7 +20,9 @@ use url::Url;
 
 use crate::journal;
 use keys::Keys;
+pub(crate) use rules::wrong_setting as wrong_text;
 use sources::Settings;
+pub(crate) use sources::read_secret;
 pub use sources::{Flag, Problem};
 
 const DEFAULTS: &str = include_str!("../config/roomwarden.example.toml");
@@ -29,6 +32,7 @@ const DEFAULTS: &str = include_str!("../config/roomwarden.example.toml");
 pub struct Config {
     pub livekit: LiveKitConfig,
     pub rooms: RoomsConfig,
+    pub agent: AgentConfig,
     pub participants: ParticipantsConfig,
     pub stt: SttConfig,
     pub transcripts: TranscriptsConfig,
@@ -37,8 +41,12 @@ pub struct Config {
     #[serde(default)]
     pub state: StateConfig,
     pub ledger: LedgerConfig,
+    pub budget: BudgetConfig,
+    /// As in this one.
+    #[serde(default)]
     pub quota: QuotaConfig,
     pub usage_reports: UsageReportsConfig,
+    pub control: ControlConfig,
     pub log: LogConfig,
 }
 
@@ -71,6 +79,33 @@ pub struct RoomsConfig {
     pub reconcile_interval_ms: u64,
 }
 
+/// LiveKit's agent dispatch as a source of rooms.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct AgentConfig {
+    pub enabled: bool,
+    /// None for automatic dispatch.
+    pub name: Option<String>,
+    pub job_type: JobKind,
+    /// In rooms of jobs about rooms; the same for all daemons of that name.
+    pub identity: String,
+    /// Jobs at a time; 0 for no limit.
+    pub slots: u64,
+    /// Load from which on no more jobs are taken; 100 for never.
+    pub load_percent: u64,
+}
+
+/// What a job is about, and so how many there are.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum JobKind {
+    #[default]
+    Room,
+    /// Each participant who publishes.
+    Publisher,
+    Participant,
+}
+
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ParticipantsConfig {
@@ -81,6 +116,8 @@ pub struct ParticipantsConfig {
     /// Attributes that a participant must have, and the patterns of their values.
     #[serde(default)]
     pub attributes: BTreeMap<String, String>,
+    /// The attribute that holds a participant's priority; None if all are equal.
+    pub priority_attribute: Option<String>,
 }
 
 /// What an audio track carries, as LiveKit calls it.
@@ -120,6 +157,11 @@ pub struct SttConfig {
     pub retry_most_ms: u64,
     /// 0 for no limit.
     pub max_streams: usize,
+    /// 0 for never.
+    pub park_after_ms: u64,
+    /// In dB below full scale.
+    pub speech_level: u8,
+    pub preroll_ms: u64,
     pub api_key_file: Option<PathBuf>,
 }
 
@@ -227,8 +269,26 @@ pub struct QuotaConfig {
     pub url: Option<Url>,
     /// None for the only one of the key.
     pub project: Option<String>,
-    /// 0 if that is not known.
-    pub concurrent_streams: u64,
+}
+
+/// Limits of what is used, of a day and a month of UTC.
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BudgetConfig {
+    /// Of audio; 0 for no limit.
+    pub day_minutes: u64,
+    pub month_minutes: u64,
+    /// None for no limit.
+    pub day_cost: Option<String>,
+    pub month_cost: Option<String>,
+    pub warn_at_percent: u64,
+}
+
+impl BudgetConfig {
+    pub fn is_set(&self) -> bool {
+        let minutes = self.day_minutes > 0 || self.month_minutes > 0;
+        minutes || self.day_cost.is_some() || self.month_cost.is_some()
+    }
 }
 
 #[derive(Debug, Clone, Deserialize)]
@@ -240,6 +300,34 @@ pub struct UsageReportsConfig {
     pub secret: Option<SecretString>,
     pub secret_file: Option<PathBuf>,
     pub timeout_ms: u64,
+}
+
+/// The control API.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ControlConfig {
+    /// [`OFF`], or an IP address and a port.
+    pub listen: String,
+    /// [`OFF`], or a path; none for the usual one.
+    pub socket: Option<PathBuf>,
+    /// Names under which it may be asked, besides `localhost` and IP addresses.
+    pub hosts: Vec<String>,
+    /// For everything.
+    pub token: Option<SecretString>,
+    pub token_file: Option<PathBuf>,
+    /// For what changes nothing.
+    pub read_token: Option<SecretString>,
+    pub read_token_file: Option<PathBuf>,
+}
+
+/// Instead of an address.
+pub const OFF: &str = "off";
+
+impl ControlConfig {
+    /// None if it is switched off.
+    pub fn address(&self) -> Option<SocketAddr> {
+        self.listen.parse().ok()
+    }
 }
 
 /// Which minutes cost.
@@ -332,6 +420,18 @@ impl Config {
         self.ledger.file.clone().or_else(usual)
     }
 
+    /// Where the control API's Unix socket is; none if there is none, or nothing says where.
+    pub fn control_socket(&self) -> Option<PathBuf> {
+        match &self.control.socket {
+            Some(path) if path.as_os_str() == OFF => None,
+            Some(path) => Some(path.clone()),
+            None => {
+                let name = format!("{}.sock", journal::file_name(&self.rooms.identity));
+                Some(self.state.directory()?.join(name))
+            }
+        }
+    }
+
     /// Reads defaults, then `file` if given, then this process's environment, then flags.
     ///
     /// # Errors
@@ -384,9 +484,12 @@ impl Config {
         }
         self.livekit = running.livekit.clone();
         keep!(rooms.identity rooms.hidden state.dir log.format);
+        keep!(agent.enabled agent.name agent.job_type agent.identity agent.slots);
+        keep!(agent.load_percent);
         keep!(transcripts.stdout transcripts.room transcripts.room_packet);
         keep!(ledger.enabled ledger.file ledger.retention_days ledger.currency ledger.billed_by);
         keep!(ledger.prices usage_reports.url usage_reports.timeout_ms);
+        keep!(control.listen control.socket);
         let secret = |config: &Self| {
             let secret = config.usage_reports.secret.as_ref();
             secret.map(|secret| secret.expose_secret().to_owned())
@@ -424,6 +527,10 @@ impl Config {
         let mut config = settings.deserialise();
         if let Some(read) = &config {
             rules::check_together(read, &mut settings);
+            // Who only reads has no need of them, and may not see them.
+            if secrets {
+                rules::check_tokens(read, &mut settings);
+            }
             // A default may have given way to what was set.
             config = settings.deserialise();
         }
@@ -994,11 +1101,64 @@ mod tests {
             assert!(text.contains(&path), "{path}");
             text = text.replace(&path, secret.path());
         }
+        let tokens = ["token-for-all-of-it", "token-for-reading"].map(Temporary::new);
+        for (name, token) in ["roomwarden_token", "roomwarden_read_token"]
+            .iter()
+            .zip(&tokens)
+        {
+            let path = format!("/run/secrets/{name}\"");
+            assert!(text.contains(&path), "{path}");
+            text = text.replace(&path, &format!("{}\"", token.path()));
+        }
         let file = Temporary::new(&text);
         let config = Config::load_from(Some(&file.0), HashMap::new()).unwrap();
         assert_eq!(config.stt.api_key.expose_secret(), "hush");
         assert_eq!(config.stt.parameters.search, ["hello"]);
         assert_eq!(config.stt.extra.len(), 1);
+    }
+
+    #[test]
+    fn who_may_use_the_control_api_is_settled_before_it_listens() {
+        const LISTEN: &str = "ROOMWARDEN__CONTROL__LISTEN";
+        const TOKEN: (&str, &str) = ("ROOMWARDEN__CONTROL__TOKEN", "0123456789abcdef");
+        const READ: (&str, &str) = ("ROOMWARDEN__CONTROL__READ_TOKEN", "abcdef0123456789");
+        let good: [&[_]; 5] = [
+            &[(LISTEN, "off")],
+            &[(LISTEN, "[::1]:0")],
+            &[(LISTEN, "0.0.0.0:7460"), TOKEN],
+            &[TOKEN, READ],
+            &[("ROOMWARDEN__CONTROL__SOCKET", "off")],
+        ];
+        for variables in good {
+            assert!(load(variables).is_ok(), "{variables:?}");
+        }
+        let bad: [(&[_], &str); 8] = [
+            (&[(LISTEN, "0.0.0.0:7460")], "set control.token"),
+            (&[(LISTEN, "[::]:7460"), READ], "set control.token"),
+            (&[(LISTEN, "localhost:7460")], "127.0.0.1:7460"),
+            (&[(LISTEN, "7460")], "127.0.0.1:7460"),
+            (&[READ], "it needs control.token"),
+            (&[("ROOMWARDEN__CONTROL__TOKEN", "hush")], "at least 16"),
+            (
+                &[("ROOMWARDEN__CONTROL__TOKEN", "hush hush hush hush")],
+                "without blanks",
+            ),
+            (
+                &[TOKEN, ("ROOMWARDEN__CONTROL__READ_TOKEN", TOKEN.1)],
+                "must not be the same",
+            ),
+        ];
+        for (variables, words) in bad {
+            let said = load(variables).expect_err(words).to_string();
+            assert!(said.contains(words), "{said}");
+            for secret in ["hush", TOKEN.1, READ.1] {
+                assert!(!said.contains(secret), "{said}");
+            }
+        }
+        let config = load(&[]).expect("defaults");
+        assert_eq!(config.control.address(), "127.0.0.1:7460".parse().ok());
+        let off = load(&[("ROOMWARDEN__CONTROL__SOCKET", "off")]).expect("good");
+        assert_eq!(off.control_socket(), None);
     }
 
     #[test]

@@ -1,5 +1,7 @@
 //! The root of the tree: finds rooms, supervises one task a room, and closes everything in order.
 
+mod jobs;
+
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
     fmt,
@@ -10,25 +12,30 @@ use std::{
 use chrono::{DateTime, SecondsFormat, Utc};
 use serde::Serialize;
 use tokio::{
-    sync::watch,
+    sync::{Notify, mpsc, oneshot, watch},
     task::{Id, JoinSet},
     time::MissedTickBehavior,
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
+    board::{Board, Phase},
+    budget,
     close::{CloseOrder, order},
     config::{Config, SttConfig},
     domain::{CloseReason, backoff},
     journal::{Journal, Orphan, Over, Recovered},
     ledger::{Counts, Ledger, Settled, unix_ms},
+    overrides::Overrides,
     registry::{OpenStream, Registry},
     reports::Webhook,
+    requests::{Answer, Exceptions, Refused, Request, Scope},
     room::{
         api::{ApiError, ListedRoom, RoomApi},
+        claims::Claims,
         departure,
         selection::{RoomSelection, Selection},
-        supervisor::{self, Ended, RoomContext, RoomEnd, Terms, ToRoom},
+        supervisor::{self, Asked, Ended, Entry, House, Missing, RoomContext, RoomEnd, Terms},
     },
     session::{Context, Settings, Stt},
     store::Store,
@@ -37,6 +44,8 @@ use crate::{
         gate::{Gate, Limits},
     },
     transcripts::Sinks,
+    webhooks::Hints,
+    worker::{Command, Line, rescue::Rescue},
 };
 
 /// Joining a room again after its connection failed.
@@ -46,6 +55,14 @@ const REJOIN_MOST: Duration = Duration::from_secs(30);
 const LIST_LAG: Duration = Duration::from_secs(10);
 /// A connection that lasted so long was a good one: the next failure is a first one.
 const GOOD_CONNECTION: Duration = Duration::from_secs(60);
+/// For what is to be known of the budget before the first stream.
+const FIRST_LOOK: Duration = Duration::from_secs(2);
+/// Somebody else came under the same identity, as LiveKit spells it.
+const DUPLICATE: &str = "duplicate_identity";
+/// Hints make the server be asked at once, but not more often than this.
+const HINT_PAUSE: Duration = Duration::from_millis(200);
+/// Participants who are missing, of whom the root has not heard yet.
+const MAX_MISSING: usize = 1024;
 /// While closing: how often it is said what is still open.
 const PROGRESS_EVERY: Duration = Duration::from_secs(1);
 /// The part of the deadline after which streams are closed past their sessions: a session that
@@ -59,6 +76,9 @@ const SETTLING: Duration = Duration::from_millis(500);
 const LAST_RECEIPTS: Duration = Duration::from_secs(1);
 const LAST_RECEIPTS_BEYOND: Duration = Duration::from_millis(200);
 
+/// Requests that wait, for the daemon and for each room.
+const MAX_REQUESTS: usize = 64;
+
 /// What the receiver of usage reports is given for the last ones, within the deadline; what it does
 /// not take by then is sent at the next start.
 const LAST_REPORTS: Duration = Duration::from_secs(2);
@@ -67,7 +87,10 @@ const LAST_REPORTS: Duration = Duration::from_secs(2);
 pub struct Daemon {
     config: watch::Sender<Arc<Config>>,
     orders: watch::Sender<Option<CloseOrder>>,
+    requests: mpsc::Sender<Request>,
     registry: Registry,
+    hints: Hints,
+    gate: Gate,
     started: Instant,
     ready: watch::Receiver<bool>,
     report: watch::Receiver<Option<Arc<Report>>>,
@@ -160,8 +183,17 @@ impl Daemon {
         let (orders, ordered) = watch::channel(None);
         let (reporter, report) = watch::channel(None);
         let (started_well, ready) = watch::channel(false);
+        let (requests, requested) = mpsc::channel(MAX_REQUESTS);
+        let gate = gate(&config.stt, &registry);
         let (config, configured) = watch::channel(Arc::new(config));
-        let root = Root::new(configured.borrow().clone(), sinks, registry.clone());
+        let (hints, hinted) = Hints::new();
+        let root = Root::new(
+            configured.borrow().clone(),
+            sinks,
+            registry.clone(),
+            gate.clone(),
+            hinted,
+        );
         let (books, started) = (registry.clone(), Instant::now());
         // The root of the tree has no parent to register with; its end is the report. It is a task
         // within a task, so that a panic of it ends in a report as well.
@@ -170,7 +202,8 @@ impl Daemon {
             reason = "the root of the tree has no parent; its end is the report"
         )]
         tokio::spawn(async move {
-            let report = match tokio::spawn(root.run(configured, ordered, started_well)).await {
+            let life = root.run(configured, ordered, requested, started_well);
+            let report = match tokio::spawn(life).await {
                 Ok(report) => report,
                 Err(error) => after_defect(&books, started, &error.to_string()).await,
             };
@@ -179,7 +212,10 @@ impl Daemon {
         Self {
             config,
             orders,
+            requests,
             registry,
+            hints,
+            gate,
             started,
             ready,
             report,
@@ -207,6 +243,31 @@ impl Daemon {
 
     pub fn registry(&self) -> &Registry {
         &self.registry
+    }
+
+    /// For those who hear that something has happened in a room.
+    pub fn hints(&self) -> Hints {
+        self.hints.clone()
+    }
+
+    pub fn gate(&self) -> &Gate {
+        &self.gate
+    }
+
+    /// Since when it runs.
+    pub fn started(&self) -> Instant {
+        self.started
+    }
+
+    /// Asks for something; it is under way, not done, when this returns. Cancel safe.
+    ///
+    /// # Errors
+    /// There is no such thing, or the daemon closes.
+    pub async fn ask(&self, request: impl FnOnce(Answer) -> Request) -> Result<(), Refused> {
+        let (answer, answered) = oneshot::channel();
+        let sent = self.requests.send(request(answer)).await;
+        sent.map_err(|_| Refused::Closing)?;
+        answered.await.unwrap_or(Err(Refused::Closing))
     }
 
     /// Orders the close of everything and returns at once. Again: a stronger order, an earlier
@@ -324,6 +385,7 @@ async fn after_defect(registry: &Registry, started: Instant, said: &str) -> Repo
     );
     let deadline = Instant::now() + AFTER_DEFECT;
     registry.seal();
+    registry.board().enter(Phase::Closing);
     registry.close_all(&CloseOrder {
         reason: CloseReason::OwnerLost,
         deadline,
@@ -373,11 +435,27 @@ struct Root {
     room_context: Arc<RoomContext>,
     rooms: JoinSet<Ended>,
     running: HashMap<Id, Running>,
+    /// What goes on beside the rooms and ends with this.
+    keepers: JoinSet<()>,
+    /// What jobs want of rooms.
+    claims: Claims,
+    /// The agent worker, if there is to be one, and what it is told.
+    worker: JoinSet<()>,
+    line: Option<Line>,
+    rescue: Rescue,
+    /// Rooms are looked at for lost jobs: one look at a time.
+    looks: JoinSet<jobs::Looked>,
+    missing: (mpsc::Sender<Missing>, mpsc::Receiver<Missing>),
+    /// Rooms that are said to have news.
+    hinted: mpsc::Receiver<String>,
     /// Delivers usage reports, if they are wanted; it ends with this once it is told.
     reporter: JoinSet<()>,
     last_reports: CancellationToken,
     /// Rooms that ended or were not joined, by name.
     past: HashMap<String, Past>,
+    /// LiveKit has listed its rooms once.
+    answered: bool,
+    draining: bool,
     started: Instant,
 }
 
@@ -385,8 +463,18 @@ struct Running {
     name: String,
     /// As it was listed, if it was.
     sid: Option<String>,
+    /// As whom.
+    identity: String,
     joined: Instant,
     orders: watch::Sender<Option<CloseOrder>>,
+    stt: watch::Sender<Arc<Stt>>,
+    overrides: Overrides,
+    house: watch::Sender<House>,
+    look: Arc<Notify>,
+    /// Jobs that are to be told when it is over, since nothing more is done for them.
+    ending: Vec<String>,
+    requests: mpsc::Sender<Request>,
+    exceptions: Exceptions,
 }
 
 /// What became of a room when we were in it last, or wanted to be.
@@ -398,6 +486,9 @@ struct Past {
     failures: u32,
     /// Of [`Ended`].
     tried: HashSet<String>,
+    /// It lives, and we are out of it only for a moment.
+    unfinished: bool,
+    exceptions: Exceptions,
 }
 
 impl Past {
@@ -441,7 +532,13 @@ fn terms(config: &Config) -> Arc<Terms> {
 }
 
 impl Root {
-    fn new(config: Arc<Config>, sinks: Sinks, registry: Registry) -> Self {
+    fn new(
+        config: Arc<Config>,
+        sinks: Sinks,
+        registry: Registry,
+        gate: Gate,
+        hinted: mpsc::Receiver<String>,
+    ) -> Self {
         let (terms, current_terms) = watch::channel(terms(&config));
         let room_context = RoomContext {
             api: Arc::new(RoomApi::new(&config.livekit)),
@@ -450,13 +547,9 @@ impl Root {
             hidden: config.rooms.hidden,
             owned: TaskTracker::new(),
             terms: current_terms,
-            transcripts: ToRoom {
-                text: config.transcripts.room,
-                packets: config.transcripts.room_packet,
-            },
         };
         Self {
-            stt: watch::channel(stt(&config.stt, gate(&config.stt, &registry))).0,
+            stt: watch::channel(stt(&config.stt, gate)).0,
             terms,
             selection: RoomSelection::new(&config.rooms),
             room_context: Arc::new(room_context),
@@ -465,9 +558,19 @@ impl Root {
             registry,
             rooms: JoinSet::new(),
             running: HashMap::new(),
+            keepers: JoinSet::new(),
+            claims: Claims::default(),
+            worker: JoinSet::new(),
+            line: None,
+            rescue: Rescue::default(),
+            looks: JoinSet::new(),
+            missing: mpsc::channel(MAX_MISSING),
+            hinted,
             reporter: JoinSet::new(),
             last_reports: CancellationToken::new(),
             past: HashMap::new(),
+            answered: false,
+            draining: false,
             started: Instant::now(),
         }
     }
@@ -476,6 +579,7 @@ impl Root {
         mut self,
         mut configs: watch::Receiver<Arc<Config>>,
         mut orders: watch::Receiver<Option<CloseOrder>>,
+        mut requests: mpsc::Receiver<Request>,
         ready: watch::Sender<bool>,
     ) -> Report {
         if let Some(store) = self.registry.ledger().store()
@@ -484,9 +588,26 @@ impl Root {
             let delivering = webhook.deliver(store.clone(), self.last_reports.clone());
             self.reporter.spawn(delivering);
         }
-        let mut poll = Poll::new(self.room_context.api.clone());
+        if self.registry.ledger().store().is_some()
+            && let Some(ledger) = self.config.ledger_file()
+        {
+            let gate = self.stt.borrow().gate.clone();
+            let mut budget = budget::Keeper::new(ledger, self.registry.clone(), gate);
+            // Before anything is opened, unless the disk hangs.
+            let look = budget.look(&self.config, Utc::now());
+            let _ = tokio::time::timeout(FIRST_LOOK, look).await;
+            self.keepers.spawn(budget.run(configs.clone()));
+        }
+        self.start_worker(Duration::ZERO);
+        let board = self.registry.board().clone();
+        let mut poll = Poll::new(self.room_context.api.clone(), board.clone());
         poll.ask_for(&self.selection, &self.config);
         let (first, failure) = loop {
+            if self.drained() {
+                let reason = CloseReason::Shutdown("drained".into());
+                let deadline = self.deadline();
+                break (CloseOrder { reason, deadline }, None);
+            }
             tokio::select! {
                 biased;
                 new = orders.wait_for(Option::is_some) => {
@@ -502,14 +623,38 @@ impl Root {
                     poll.ask_for(&self.selection, &self.config);
                 }
                 Some(ended) = self.rooms.join_next_with_id(), if !self.rooms.is_empty() => {
-                    if let Some(again) = self.room_ended(ended) {
-                        poll.sooner(again);
+                    if let Some((name, again)) = self.room_ended(ended) {
+                        self.join_for_next(&name);
+                        if let Some(again) = again {
+                            poll.sooner(again);
+                        }
                     }
                 }
+                Some(event) = jobs::next_event(&mut self.line) => self.on_job(event),
+                Some(missing) = self.missing.1.recv() => self.gone(&missing),
+                Some(looked) = self.looks.join_next(), if !self.looks.is_empty() => {
+                    self.looked(looked);
+                }
+                Some(ended) = self.worker.join_next(), if !self.worker.is_empty() => {
+                    self.worker_ended(ended);
+                }
+                Some(room) = self.hinted.recv() => {
+                    let running = self.running.values().find(|running| running.name == room);
+                    if let Some(running) = running {
+                        running.look.notify_one();
+                    }
+                    poll.hinted();
+                }
+                Some(request) = requests.recv() => self.on_request(request),
                 listed = poll.next() => match listed {
                     Ok(rooms) => {
                         ready.send_replace(true);
+                        self.answered |= rooms.is_some();
+                        if self.answered && !self.draining {
+                            board.enter(Phase::Running);
+                        }
                         self.reconcile(rooms.as_deref());
+                        self.look_for_lost(rooms.as_deref().unwrap_or_default());
                     }
                     Err(fatal) => {
                         let reason = CloseReason::Shutdown("cannot start".into());
@@ -519,7 +664,7 @@ impl Root {
                 },
             }
         };
-        drop(poll);
+        drop((poll, requests));
         self.close(first, orders).await;
         account(&self.registry, self.started, failure)
     }
@@ -536,38 +681,54 @@ impl Root {
         self.stt.send_replace(stt(&config.stt, gate));
         self.terms.send_replace(terms(&config));
         self.selection = RoomSelection::new(&config.rooms);
+        self.config = config.clone();
+        self.renew_settings();
         let grace = Duration::from_millis(config.stt.close_grace_ms);
         let new = CloseOrder {
             reason: CloseReason::Deselected,
             deadline: Instant::now() + grace,
         };
         for running in self.running.values() {
-            if !self.selection.fits(&running.name) {
+            if !self.selection.fits(&running.name) && !self.claims.want(&running.name) {
                 order(&running.orders, &new);
             }
         }
-        self.config = config;
     }
 
     /// Joins what there is and what is to be there always, unless we are in it. Without a list of
     /// what the server has, only the latter.
     fn reconcile(&mut self, listed: Option<&[ListedRoom]>) {
         let now = Instant::now();
+        let sids = listed.map(|listed| {
+            let sids = listed.iter();
+            let sids = sids.map(|room| (room.name.as_str(), room.sid.as_str()));
+            sids.collect::<HashMap<_, _>>()
+        });
+        if let Some(sids) = &sids {
+            self.drop_claims_on_rooms_that_are_over(sids);
+            // Not only of those that are wanted now: a job may want them again.
+            self.past
+                .retain(|name, past| match sids.get(name.as_str()) {
+                    Some(sid) => past.is_of(Some(sid)),
+                    None if self.draining => false,
+                    None => self.selection.is_static(name) && past.is_of(None),
+                });
+        }
         let always = self.selection.always.iter();
         let mut wanted: BTreeMap<&str, Option<&str>> =
             always.map(|name| (name.as_str(), None)).collect();
-        if let Some(listed) = listed {
-            let found = listed.iter().filter(|room| self.selection.fits(&room.name));
-            wanted.extend(found.map(|room| (room.name.as_str(), Some(room.sid.as_str()))));
-            self.past.retain(|name, past| {
-                let sid = wanted.get(name.as_str());
-                sid.is_some_and(|sid| past.is_of(*sid))
-            });
+        if self.draining && listed.is_some() {
+            wanted.clear();
         }
+        let found = sids.iter().flatten();
+        let found = found.filter(|(name, _)| self.selection.fits(name) || self.claims.want(name));
+        wanted.extend(found.map(|(name, sid)| (*name, Some(*sid))));
         let running: HashSet<&str> = self.running.values().map(|r| r.name.as_str()).collect();
+        let is_ours = |name: &str| self.past.get(name).is_some_and(|past| past.unfinished);
         let joined: Vec<(String, Option<String>)> = wanted
             .into_iter()
             .filter(|(name, _)| !running.contains(name))
+            .filter(|(name, sid)| !self.draining || (is_ours(name) && sid.is_some()))
             .filter(|(name, _)| self.past.get(*name).is_none_or(|past| past.allows(now)))
             .map(|(name, sid)| (name.to_owned(), sid.map(str::to_owned)))
             .collect();
@@ -578,31 +739,62 @@ impl Root {
 
     fn join(&mut self, name: String, sid: Option<String>) {
         let (orders, ordered) = watch::channel(None);
+        let overrides = self.claims.overrides(&name);
+        let (stt, current) = watch::channel(self.stt_with(&overrides));
+        let (house, at_home) = watch::channel(self.house(&name));
+        let look = Arc::new(Notify::new());
+        let (identity, ticket) = self.way_in(&name);
+        let (requests, requested) = mpsc::channel(MAX_REQUESTS);
         let context = Context {
             room: name.clone(),
             registry: self.registry.clone(),
-            stt: self.stt.subscribe(),
+            stt: current,
             sinks: self.sinks.clone(),
             to_room: None,
         };
-        let tried = self.past.get(&name).map(|past| past.tried.clone());
-        let tried = tried.unwrap_or_default();
-        let life = supervisor::supervise(self.room_context.clone(), context, tried, ordered);
+        let entry = Entry {
+            identity: identity.clone(),
+            ticket,
+            house: at_home,
+            look: look.clone(),
+            missing: self.missing.0.clone(),
+        };
+        let past = self.past.get(&name);
+        let tried = past.map(|past| past.tried.clone()).unwrap_or_default();
+        let exceptions = past.map(|past| past.exceptions.clone()).unwrap_or_default();
+        if self.draining {
+            // Cannot fail: the channel is new.
+            let _ = requests.try_send(Request::Drain(oneshot::channel().0));
+        }
+        let asked = Asked {
+            requests: requested,
+            exceptions: exceptions.clone(),
+        };
+        let room_context = self.room_context.clone();
+        let life = supervisor::supervise(room_context, context, entry, tried, asked, ordered);
         let id = self.rooms.spawn(life).id();
         let running = Running {
             name,
             sid,
+            identity,
             joined: Instant::now(),
             orders,
+            stt,
+            overrides,
+            house,
+            look,
+            ending: Vec::new(),
+            requests,
+            exceptions,
         };
         self.running.insert(id, running);
     }
 
-    /// When the room is to be tried again, if that is known.
+    /// The room, and when it is to be tried again, if that is known.
     fn room_ended(
         &mut self,
         ended: Result<(Id, Ended), tokio::task::JoinError>,
-    ) -> Option<Instant> {
+    ) -> Option<(String, Option<Instant>)> {
         let (id, ended) = match ended {
             Ok((id, ended)) => (id, Ok(ended)),
             Err(error) => (error.id(), Err(error.to_string())),
@@ -615,18 +807,33 @@ impl Root {
                 (how, None, HashSet::new())
             }
         };
+        self.tell_jobs_of(&running, &how);
         let order = running.orders.borrow().clone();
-        let deselected = order.is_some_and(|order| order.reason == CloseReason::Deselected);
+        let reason = order.map(|order| order.reason);
+        let deselected = reason == Some(CloseReason::Deselected);
+        let unfinished = matches!(how, RoomEnd::Stale | RoomEnd::Failed(_));
         let name = running.name;
         let sid = sid.or(running.sid);
         let now = Instant::now();
         let (again, failures) = match how {
             // It lives, and may be selected again.
             RoomEnd::Closed if deselected => (Some(now), 0),
+            // Not while it lives.
+            _ if reason == Some(CloseReason::Requested) => (None, 0),
             // A list that was on its way, or lags, may still have it, and joining would make it
             // anew; one that is listed for longer lives.
             RoomEnd::Closed => (Some(now + LIST_LAG), 0),
             RoomEnd::Stale => (Some(now), 0),
+            // It is looked at again, and joined if nobody of ours is there.
+            RoomEnd::PutOut(why)
+                if why == DUPLICATE && running.identity != self.config.rooms.identity =>
+            {
+                tracing::warn!(
+                    room = name,
+                    "another daemon of ours has taken over the room"
+                );
+                (Some(now + LIST_LAG), 0)
+            }
             RoomEnd::PutOut(why) => {
                 tracing::error!(
                     room = name,
@@ -656,9 +863,121 @@ impl Root {
             again,
             failures,
             tried,
+            unfinished: unfinished && again.is_some(),
+            exceptions: running.exceptions,
         };
-        self.past.insert(name, past);
-        again
+        self.past.insert(name.clone(), past);
+        Some((name, again))
+    }
+
+    fn on_request(&mut self, request: Request) {
+        let (answer, result): (Answer, _) = match request {
+            Request::Close(Scope::Room(name), answer) => (answer, self.close_requested(&name)),
+            Request::Reopen(Scope::Room(name), answer) => (answer, self.reopen(&name)),
+            Request::Close(scope, answer) => {
+                return self.pass_on(scope.room().to_owned(), answer, |answer| {
+                    Request::Close(scope, answer)
+                });
+            }
+            Request::Reopen(scope, answer) => {
+                return self.pass_on(scope.room().to_owned(), answer, |answer| {
+                    Request::Reopen(scope, answer)
+                });
+            }
+            Request::Drain(answer) => {
+                self.drain();
+                (answer, Ok(()))
+            }
+            Request::Undrain(answer) => {
+                self.undrain();
+                (answer, Ok(()))
+            }
+        };
+        // Who asked may have left.
+        let _ = answer.send(result);
+    }
+
+    fn pass_on(&self, room: String, answer: Answer, request: impl FnOnce(Answer) -> Request) {
+        let found = self.running.values().find(|running| running.name == room);
+        let refused = match found {
+            Some(running) if running.orders.borrow().is_none() => {
+                // If it takes no more, the answer is dropped, which says so.
+                let _ = running.requests.try_send(request(answer));
+                return;
+            }
+            Some(_) => Refused::Closing,
+            None => Refused::NoSuchRoom,
+        };
+        // Who asked may have left.
+        let _ = answer.send(Err(refused));
+    }
+
+    /// Closes a room, which is not joined again while it lives.
+    fn close_requested(&mut self, name: &str) -> Result<(), Refused> {
+        let grace = Duration::from_millis(self.config.stt.close_grace_ms);
+        let new = CloseOrder {
+            reason: CloseReason::Requested,
+            deadline: Instant::now() + grace,
+        };
+        if let Some(running) = self.running.values().find(|running| running.name == name) {
+            order(&running.orders, &new);
+            return Ok(());
+        }
+        // About to be joined again.
+        let past = self.past.get_mut(name).ok_or(Refused::NoSuchRoom)?;
+        (past.again, past.unfinished) = (None, false);
+        Ok(())
+    }
+
+    /// The next poll joins it. Who was closed in it stays so.
+    fn reopen(&mut self, name: &str) -> Result<(), Refused> {
+        if let Some(past) = self.past.get_mut(name)
+            && past.again.is_none()
+        {
+            past.again = Some(Instant::now());
+            return Ok(());
+        }
+        let mut running = self.running.values();
+        match running.find(|running| running.name == name) {
+            Some(running) if running.orders.borrow().is_some() => Err(Refused::Closing),
+            Some(_) => Ok(()),
+            None => Err(Refused::NoSuchRoom),
+        }
+    }
+
+    fn drain(&mut self) {
+        self.draining = true;
+        self.tell(Command::Drain(true));
+        self.registry.board().enter(Phase::Draining);
+        for running in self.running.values() {
+            // One that takes no more has very much to do, and is told no later than it would have
+            // taken somebody new.
+            let _ = running
+                .requests
+                .try_send(Request::Drain(oneshot::channel().0));
+        }
+    }
+
+    fn undrain(&mut self) {
+        self.draining = false;
+        self.tell(Command::Drain(false));
+        let past = self.past.values().map(|past| &past.exceptions);
+        let running = self.running.values().map(|running| &running.exceptions);
+        past.chain(running).for_each(Exceptions::undrain);
+        self.registry.board().enter(match self.answered {
+            true => Phase::Running,
+            false => Phase::Starting,
+        });
+    }
+
+    /// The last room of a daemon that drains is over.
+    fn drained(&self) -> bool {
+        let wanted = |name: &str| self.selection.fits(name) || self.claims.want(name);
+        let over = || {
+            let mut past = self.past.iter();
+            past.all(|(name, past)| !past.unfinished || !wanted(name))
+        };
+        self.draining && self.running.is_empty() && over()
     }
 
     /// The close path of the daemon: no new streams; all rooms at once, each in its own order;
@@ -667,6 +986,8 @@ impl Root {
         tracing::info!(reason = %first.reason, streams = self.registry.open_now(),
             rooms = self.running.len(), "closing");
         self.registry.seal();
+        self.drain_worker();
+        self.registry.board().enter(Phase::Closing);
         let begun = Instant::now();
         let mut current = first;
         let mut owner_there = true;
@@ -717,6 +1038,7 @@ impl Root {
         if tokio::time::timeout_at(until.into(), gone).await.is_err() {
             self.say_who_is_open();
         }
+        self.end_worker(until).await;
         flush_books(&self.registry, until).await;
         self.last_reports.cancel();
         let until = until.min(Instant::now() + LAST_REPORTS);
@@ -743,22 +1065,26 @@ impl Root {
 /// Asks for the rooms there are, over and over.
 struct Poll {
     api: Arc<RoomApi>,
+    board: Board,
     /// Which rooms to ask for: empty for all of them. `None` to never ask.
     names: Option<Vec<String>>,
     every: Duration,
     next_at: Instant,
+    asked_at: Option<Instant>,
     failures: u32,
     /// Once it has worked, credentials that fail are the server's passing trouble.
     worked: bool,
 }
 
 impl Poll {
-    fn new(api: Arc<RoomApi>) -> Self {
+    fn new(api: Arc<RoomApi>, board: Board) -> Self {
         Self {
             api,
+            board,
             names: None,
             every: Duration::MAX,
             next_at: Instant::now(),
+            asked_at: None,
             failures: 0,
             worked: false,
         }
@@ -766,7 +1092,11 @@ impl Poll {
 
     /// From now on, and at once.
     fn ask_for(&mut self, selection: &RoomSelection, config: &Config) {
-        self.names = selection.asked_for().map(<[String]>::to_vec);
+        self.names = match config.agent.enabled {
+            // Any may be one that we are dispatched to.
+            true => Some(Vec::new()),
+            false => selection.asked_for().map(<[String]>::to_vec),
+        };
         if self.names.is_none() {
             tracing::warn!("no room is ever joined: rooms.discover is off and rooms.join is empty");
         }
@@ -779,6 +1109,14 @@ impl Poll {
         self.next_at = self.next_at.min(at);
     }
 
+    /// Asks at once, or soon if it has asked just now. A server that fails is left alone.
+    fn hinted(&mut self) {
+        if self.failures == 0 {
+            let now = Instant::now();
+            self.sooner(self.asked_at.map_or(now, |at| now.max(at + HINT_PAUSE)));
+        }
+    }
+
     /// The next list of rooms; none if the server did not say. Cancel safe.
     ///
     /// # Errors
@@ -789,12 +1127,14 @@ impl Poll {
             return std::future::pending().await;
         };
         tokio::time::sleep_until(self.next_at.into()).await;
+        self.asked_at = Some(Instant::now());
         match self.api.list_rooms(names).await {
             Ok(rooms) => {
                 if self.failures > 0 {
                     tracing::info!("LiveKit answers again");
                 }
                 (self.failures, self.worked) = (0, true);
+                self.board.livekit_failed(None);
                 self.next_at = Instant::now() + self.every;
                 Ok(Some(rooms))
             }
@@ -803,6 +1143,7 @@ impl Poll {
                 let most = REJOIN_MOST.max(self.every);
                 let delay = backoff(self.failures, self.every, most, fastrand::f64());
                 tracing::error!(%error, ?delay, "cannot list rooms; will try again");
+                self.board.livekit_failed(Some(error.to_string()));
                 self.failures += 1;
                 self.next_at = Instant::now() + delay;
                 Ok(None)
@@ -943,6 +1284,8 @@ mod tests {
             again,
             failures: 0,
             tried: HashSet::new(),
+            unfinished: false,
+            exceptions: Exceptions::default(),
         }
     }
 

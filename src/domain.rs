@@ -51,14 +51,20 @@ impl fmt::Display for StreamId {
 pub enum CloseReason {
     /// The participant, not muted, has sent nothing for a while; the next packet opens another.
     Idle,
+    /// The participant has been silent for a while; their next words open another.
+    Parked,
     /// The track was unpublished or its subscription ended.
     TrackEnded,
     /// The provider or the network ended the stream; the session may open another.
     StreamFailed,
     /// The participant is still there and no longer one of those who are transcribed.
     Deselected,
+    /// Somebody asked for it, by the control API.
+    Requested,
     /// The participant is gone; LiveKit's disconnect reason in lower case.
     ParticipantLeft(String),
+    /// The agent job is over that the room was transcribed for, and nobody else wants it; why.
+    JobEnded(String),
     /// The room is gone or we are out of it; LiveKit's disconnect reason in lower case.
     RoomEnded(String),
     /// The task that wanted the stream vanished without closing it (panic, abort).
@@ -71,10 +77,13 @@ impl fmt::Display for CloseReason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Idle => f.write_str("no audio from the participant"),
+            Self::Parked => f.write_str("parked: the participant is silent"),
             Self::TrackEnded => f.write_str("track ended"),
             Self::StreamFailed => f.write_str("stream failed"),
             Self::Deselected => f.write_str("no longer selected"),
+            Self::Requested => f.write_str("requested"),
             Self::ParticipantLeft(why) => write!(f, "participant left ({why})"),
+            Self::JobEnded(why) => write!(f, "agent job ended ({why})"),
             Self::RoomEnded(why) => write!(f, "room ended ({why})"),
             Self::OwnerLost => f.write_str("owner lost"),
             Self::Shutdown(why) => write!(f, "shutdown ({why})"),

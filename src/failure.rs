@@ -6,13 +6,14 @@
 //! and for LiveKit Inference <https://github.com/livekit/agents/issues/6009>.
 
 use std::{
+    borrow::Cow,
     fmt, io,
     time::{Duration, Instant},
 };
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
-use crate::domain::Phase;
+use crate::{close::now, domain::Phase};
 
 /// What providers say of an error is kept to so many bytes.
 const MAX_SAID: usize = 300;
@@ -49,6 +50,8 @@ pub enum Cause {
     Audio,
     /// The provider got no audio for too long.
     Idle,
+    /// No fault of the provider's: the operator's own limit of what may be used.
+    Budget,
 }
 
 /// When another try makes sense.
@@ -66,7 +69,7 @@ pub enum Retry {
 }
 
 impl Cause {
-    pub const ALL: [Self; 18] = [
+    pub const ALL: [Self; 19] = [
         Self::Authentication,
         Self::Permission,
         Self::Quota,
@@ -85,6 +88,7 @@ impl Cause {
         Self::Protocol,
         Self::Audio,
         Self::Idle,
+        Self::Budget,
     ];
 
     /// A word for it, for machines.
@@ -105,6 +109,7 @@ impl Cause {
             Self::Protocol => "protocol",
             Self::Audio => "audio",
             Self::Idle => "idle",
+            Self::Budget => "budget",
         }
     }
 
@@ -128,6 +133,7 @@ impl Cause {
             Self::Protocol => "it speaks another protocol",
             Self::Audio => "the audio cannot be decoded",
             Self::Idle => "no audio in time",
+            Self::Budget => "the budget for it is used up",
         }
     }
 
@@ -157,6 +163,7 @@ impl Cause {
             Self::Protocol => "check that stt.url is a Deepgram-style server",
             Self::Audio => "try another stt.encoding",
             Self::Idle => "nothing: a stream is opened when there is audio",
+            Self::Budget => "raise its limit in [budget], or wait for the next day or month",
         }
     }
 
@@ -177,8 +184,9 @@ impl Cause {
             | Self::Unreachable
             | Self::Reset
             | Self::Tls
-            | Self::Timeout(_) => Retry::Later,
-            Self::Protocol | Self::Audio | Self::Idle => Retry::ThisStream,
+            | Self::Timeout(_)
+            | Self::Protocol => Retry::Later,
+            Self::Audio | Self::Idle | Self::Budget => Retry::ThisStream,
         }
     }
 }
@@ -311,14 +319,6 @@ impl Failure {
         Self::new(cause, error.to_string())
     }
 
-    /// Without what must not be seen.
-    pub fn without(mut self, secret: &str) -> Self {
-        if !secret.is_empty() {
-            self.said = self.said.replace(secret, "***");
-        }
-        self
-    }
-
     pub fn retry_after(&self) -> Option<Duration> {
         self.retry_after_ms.map(Duration::from_millis)
     }
@@ -356,8 +356,23 @@ impl Trouble {
     pub fn what(&self) -> &'static str {
         match self.failure.cause {
             Cause::Concurrency => "not everybody can be transcribed",
+            Cause::Budget => "who is not yet transcribed has to wait",
             _ => "transcription is paused",
         }
+    }
+
+    /// Whether it has the same cause and lasts as long as another, about.
+    pub fn is_same(&self, other: &Self) -> bool {
+        let (this, that) = (self.until, other.until);
+        let differ = this.saturating_duration_since(that) + that.saturating_duration_since(this);
+        self.failure.cause == other.failure.cause && differ < Duration::from_secs(5)
+    }
+
+    pub fn log(&self) {
+        let wait = self.until.saturating_duration_since(now());
+        let (cause, advice) = (self.failure.cause.name(), self.failure.cause.advice());
+        let (what, retry_in_ms) = (self.what(), wait.as_millis() as u64);
+        tracing::error!(cause, advice, retry_in_ms, "{what}: {}", self.failure);
     }
 }
 
@@ -470,6 +485,15 @@ fn by_words(words: &str) -> Option<Cause> {
         () if has(&["quota"]) => Cause::Quota,
         () => return None,
     })
+}
+
+/// A text without what must not be seen. To be done before anything is cut off: a part of a secret is
+/// not recognised.
+pub fn without<'a>(secret: &str, text: &'a str) -> Cow<'a, str> {
+    match !secret.is_empty() && text.contains(secret) {
+        true => text.replace(secret, "***").into(),
+        false => text.into(),
+    }
 }
 
 fn bounded(mut text: String) -> String {
@@ -686,18 +710,11 @@ mod tests {
     }
 
     #[test]
-    fn what_is_said_is_bounded_in_one_line_and_without_the_key() {
-        let body = format!(
-            "{}\r\nkey-123 is wrong {}",
-            "x".repeat(100),
-            "é".repeat(400)
-        );
-        let failure = Failure::refused(401, &answer(&body)).without("key-123");
+    fn what_is_said_is_bounded_in_one_line() {
+        let body = format!("{}\r\nit is wrong {}", "x".repeat(100), "é".repeat(400));
+        let failure = Failure::refused(401, &answer(&body));
         assert!(failure.said.len() < MAX_SAID + 10);
-        assert!(
-            !failure.said.contains("key-123") && !failure.said.contains('\n'),
-            "{failure}"
-        );
+        assert!(!failure.said.contains('\n'), "{failure}");
     }
 
     #[test]

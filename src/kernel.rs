@@ -48,23 +48,26 @@ impl KnownSockets {
         self.order.push_back(socket);
     }
 
-    /// How many of them this process still holds; `None` if the system doesn't tell.
-    #[cfg(target_os = "linux")]
-    pub fn held(&self) -> Option<usize> {
-        let descriptors = std::fs::read_dir("/proc/self/fd").ok()?;
-        let socket = |entry: std::io::Result<std::fs::DirEntry>| {
-            SocketId::from_link(std::fs::read_link(entry.ok()?.path()).ok()?.to_str()?)
-        };
-        let held = descriptors
-            .filter_map(socket)
-            .filter(|socket| self.known.contains(socket));
-        Some(held.count())
+    /// How many of these are among them.
+    pub fn count(&self, sockets: &[SocketId]) -> usize {
+        let known = sockets.iter().filter(|socket| self.known.contains(socket));
+        known.count()
     }
+}
 
-    #[cfg(not(target_os = "linux"))]
-    pub fn held(&self) -> Option<usize> {
-        None
-    }
+/// The sockets that this process holds, of whatever kind; `None` if the system doesn't tell.
+#[cfg(target_os = "linux")]
+pub fn held() -> Option<Vec<SocketId>> {
+    let descriptors = std::fs::read_dir("/proc/self/fd").ok()?;
+    let socket = |entry: std::io::Result<std::fs::DirEntry>| {
+        SocketId::from_link(std::fs::read_link(entry.ok()?.path()).ok()?.to_str()?)
+    };
+    Some(descriptors.filter_map(socket).collect())
+}
+
+#[cfg(not(target_os = "linux"))]
+pub fn held() -> Option<Vec<SocketId>> {
+    None
 }
 
 #[cfg(all(test, target_os = "linux"))]
@@ -77,8 +80,8 @@ mod tests {
         let _other = std::net::TcpListener::bind("127.0.0.1:0").expect("socket");
         let mut known = KnownSockets::default();
         known.add(SocketId::of(&ours).expect("its number"));
-        assert_eq!(known.held(), Some(1));
+        assert_eq!(held().map(|held| known.count(&held)), Some(1));
         drop(ours);
-        assert_eq!(known.held(), Some(0));
+        assert_eq!(held().map(|held| known.count(&held)), Some(0));
     }
 }

@@ -2,15 +2,20 @@
 //! that each stream it opened was closed. See ARCHITECTURE.md for how.
 
 pub mod audio;
+pub mod board;
+mod budget;
 mod check;
 pub mod cli;
 pub mod close;
 pub mod config;
+mod control;
 pub mod daemon;
 #[cfg(feature = "rehearsal")]
 pub mod demo;
+mod dispatch;
 pub mod domain;
 pub mod failure;
+mod force_close;
 pub mod journal;
 pub mod kernel;
 pub mod ledger;
@@ -18,9 +23,11 @@ pub mod lines;
 #[cfg(test)]
 mod model;
 pub mod notify;
+pub mod overrides;
 mod quota;
 pub mod registry;
 pub mod reports;
+pub mod requests;
 pub mod room;
 pub mod session;
 pub mod signals;
@@ -30,3 +37,5 @@ mod table;
 pub mod transcripts;
 mod usage;
 pub mod watchdog;
+pub mod webhooks;
+pub mod worker;

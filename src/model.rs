@@ -56,6 +56,8 @@ const MAX_SESSIONS: usize = 4;
 const MAX_TRACKS: usize = 2;
 /// 20 ms of CELT.
 const FRAME: [u8; 4] = [0x78, 1, 2, 3];
+/// Its level, in dBov.
+const SPEECH: i8 = -20;
 const METADATA: &str = r#"{"type":"Metadata","request_id":"r","duration":0.0}"#;
 
 fn ms(ms: u64) -> Duration {
@@ -319,6 +321,7 @@ impl Microphone {
             sid: sid.to_owned(),
             packets: Box::new(packets),
             muted: Box::new(move || same.load(Ordering::Relaxed)),
+            priority: Box::new(|| 0),
         };
         (
             Self {
@@ -348,6 +351,7 @@ async fn next_packet((mut talking, mut here, begun): PacketState) -> Option<(Pac
         payload: FRAME.into(),
         timestamp: (at * 48) as u32,
         sequence: at,
+        level: Some(SPEECH),
         received_at,
     };
     Some((packet, (talking, here, begun)))
@@ -416,6 +420,7 @@ fn config(rng: &mut Rng) -> Config {
     config.stt.connect_timeout_ms = 1000;
     config.stt.close_grace_ms = rng.u64(500..5000);
     config.stt.idle_after_ms = [0, 1500][rng.usize(0..2)];
+    config.stt.park_after_ms = [0, 1000][rng.usize(0..2)];
     config.stt.read_timeout_ms = 3000;
     config.stt.write_timeout_ms = 3000;
     config.stt.retry_first_ms = 100;
@@ -595,7 +600,9 @@ impl World {
         let name = format!("p{}", self.made);
         let (commands, received) = mpsc::channel(16);
         let (orders, ordered) = watch::channel(None);
-        let life = session::run(self.context.clone(), name.clone(), received, ordered);
+        let board = self.context.registry.board();
+        let card = board.room(&self.context.room).session(&name, &name);
+        let life = session::run(self.context.clone(), name.clone(), card, received, ordered);
         let task = self.tasks.spawn(life);
         self.say(format!("{name} joins"));
         self.sessions.push(Live {
@@ -626,8 +633,9 @@ impl World {
                 assert!(of_it.is_empty(), "{sid} should be over: {of_it:#?}");
             }
             // Who talks has a stream, or one is tried for again and again. The longest pause is
-            // that of a close by a provider that does not answer, and one that was asked for.
-            let patience = settings.retry_most + settings.close_grace + ms(4000) + SLACK;
+            // that of a close by a provider that does not answer, and one that was asked for; after
+            // trouble another stream must have been connected and have proven good, or not.
+            let patience = settings.retry_most + settings.close_grace + ms(9000) + SLACK;
             if let Some(since) = expected.talking_since {
                 let count = receipts.iter().filter(|r| &r.key.track == sid).count();
                 let settled = self.settled.entry(sid.clone()).or_insert((count, since));

@@ -65,7 +65,7 @@ struct Quota {
     open_now: Option<usize>,
     /// The most streams at once, this month.
     peak: u64,
-    /// What the account allows (quota.concurrent_streams); none if nobody said.
+    /// What the account allows (stt.max_streams); none if nobody said.
     limit: Option<u64>,
     provider: Option<Provider>,
     /// Why the provider's account is not known.
@@ -154,7 +154,7 @@ async fn print_quota(args: &QuotaArgs, format: Option<LogFormat>) -> Result<u8, 
         projection,
         open_now: open.map(|present| present.open.len()),
         peak,
-        limit: Some(config.quota.concurrent_streams).filter(|limit| *limit > 0),
+        limit: Some(config.stt.max_streams as u64).filter(|limit| *limit > 0),
         provider,
         provider_error,
     };
@@ -210,7 +210,7 @@ impl Quota {
         )?;
         let limit = match self.limit {
             Some(limit) => format!("of {limit} allowed"),
-            None => "limit not known (quota.concurrent_streams)".to_owned(),
+            None => "limit not known (stt.max_streams)".to_owned(),
         };
         let open = match self.open_now {
             Some(open) => format!("{open} open now"),

@@ -17,10 +17,11 @@ use tokio::sync::watch;
 use tokio_util::task::TaskTracker;
 
 use crate::{
-    close::{CloseOrder, order},
+    board::{Board, What},
+    close::{CloseOrder, now, order},
     domain::{CloseReason, Outcome, Service, StreamId, StreamKey, StreamTotals},
     journal::{Journal, Orphan},
-    kernel::{KnownSockets, SocketId},
+    kernel::{self, KnownSockets, SocketId},
     ledger::{CloseReceipt, Ledger, Settled, unix_ms},
     stt::gate::Admission,
 };
@@ -31,6 +32,7 @@ pub struct Registry(Arc<Inner>);
 
 struct Inner {
     ledger: Ledger,
+    board: Board,
     journal: Option<Journal>,
     orphans: Vec<Orphan>,
     tasks: TaskTracker,
@@ -95,6 +97,7 @@ impl Registry {
     pub fn with_journal(ledger: Ledger, journal: Option<Journal>, orphans: Vec<Orphan>) -> Self {
         Self(Arc::new(Inner {
             ledger,
+            board: Board::default(),
             journal,
             orphans,
             tasks: TaskTracker::new(),
@@ -132,6 +135,7 @@ impl Registry {
         self.0.open_now.send_replace(book.open.len());
         drop(book);
         let ticket = self.journal().map(|journal| journal.enter(&entry));
+        self.board().tell(What::Stream(entry));
         Ok(Permit {
             ticket,
             admission,
@@ -140,7 +144,7 @@ impl Registry {
                 key,
                 service,
                 opened_at_ms,
-                since: Instant::now(),
+                since: now(),
                 connected_since: None,
                 closing_since: None,
             }),
@@ -155,6 +159,11 @@ impl Registry {
 
     pub fn ledger(&self) -> &Ledger {
         &self.0.ledger
+    }
+
+    /// Where those who watch look.
+    pub fn board(&self) -> &Board {
+        &self.0.board
     }
 
     pub fn journal(&self) -> Option<&Journal> {
@@ -232,7 +241,9 @@ impl Registry {
     /// Sockets to the provider that the kernel says this process holds; `None` where the system
     /// doesn't tell.
     pub fn kernel_sockets(&self) -> Option<usize> {
-        self.book().sockets.held()
+        // First, so that nobody waits for the kernel.
+        let held = kernel::held()?;
+        Some(self.book().sockets.count(&held))
     }
 
     fn book(&self) -> MutexGuard<'_, Book> {
@@ -246,11 +257,15 @@ impl Registry {
         let Some(entry) = book.open.get_mut(&id) else {
             return;
         };
+        let before = entry.state;
         change(entry);
         let entry = entry.clone();
         drop(book);
         if let Some(journal) = self.journal() {
             journal.update(&entry);
+        }
+        if entry.state != before {
+            self.board().tell(What::Stream(entry));
         }
     }
 
@@ -304,13 +319,28 @@ impl Permit {
     /// The handshake is complete.
     pub fn opened(&mut self) {
         if let Some(loan) = &mut self.loan {
-            loan.connected_since = Some(Instant::now());
+            loan.connected_since = Some(now());
         }
         if let Some(admission) = &mut self.admission {
             admission.connected();
         }
         self.registry
             .update(self.id(), |entry| entry.state = StreamState::Open);
+    }
+
+    /// How long the handshake has been complete.
+    pub fn open_for(&self) -> Duration {
+        let since = self.loan.as_ref().and_then(|loan| loan.connected_since);
+        since.map_or(Duration::ZERO, |since| {
+            now().saturating_duration_since(since)
+        })
+    }
+
+    /// The provider does its work on the stream.
+    pub fn proven(&mut self) {
+        if let Some(admission) = &mut self.admission {
+            admission.proven();
+        }
     }
 
     /// The provider has told its id of the stream.
@@ -325,7 +355,7 @@ impl Permit {
         if let Some(loan) = &mut self.loan
             && loan.closing_since.is_none()
         {
-            loan.closing_since = Some(Instant::now());
+            loan.closing_since = Some(now());
             let id = loan.id;
             self.registry
                 .update(id, |entry| entry.state = StreamState::Closing);
@@ -351,7 +381,8 @@ impl Permit {
         totals: StreamTotals,
     ) -> Arc<Settled> {
         let id = loan.id;
-        let seconds = |since: Option<Instant>| since.map_or(0.0, |at| at.elapsed().as_secs_f64());
+        let elapsed = |since| now().saturating_duration_since(since).as_secs_f64();
+        let seconds = |since: Option<Instant>| since.map_or(0.0, elapsed);
         let settled = Settled {
             id,
             key: loan.key,
@@ -361,7 +392,7 @@ impl Permit {
             totals,
             opened_at_ms: loan.opened_at_ms,
             settled_at_ms: unix_ms(SystemTime::now()),
-            wall_seconds: loan.since.elapsed().as_secs_f64(),
+            wall_seconds: elapsed(loan.since),
             connection_seconds: seconds(loan.connected_since),
             close_seconds: seconds(loan.closing_since),
         };
@@ -374,6 +405,7 @@ impl Permit {
         if let Some(admission) = self.admission.take() {
             admission.over(&settled.outcome);
         }
+        self.registry.board().settled(&settled);
         settled
     }
 }

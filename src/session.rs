@@ -17,7 +17,8 @@ use tokio::{
 };
 
 use crate::{
-    audio::{AudioLine, OpusPacket, Page, Span, TrackClock, samples, seconds},
+    audio::{AudioLine, Ear, OpusPacket, Page, Span, TrackClock, samples, seconds},
+    board::{SessionCard, TrackCard, TrackState},
     close::{CloseOrder, now, order},
     config::{Encoding, SttConfig},
     domain::{CloseReason, Outcome, StreamKey, Transcript, backoff},
@@ -36,6 +37,8 @@ use crate::{
 const GOOD_STREAM_SECONDS: f64 = 10.0;
 /// Restarts of a panicking track before it is given up.
 const MAX_RESTARTS: u32 = 5;
+/// While others wait for a place, who has been silent for so long gives up theirs.
+const YIELD_AFTER: Duration = Duration::from_secs(1);
 /// How often a stream is told that it is still wanted.
 const SIGN_OF_LIFE: Duration = Duration::from_secs(1);
 /// Packets that are taken at once; the room keeps no more of a track either.
@@ -53,6 +56,8 @@ pub struct Packet {
     pub timestamp: u32,
     /// Extended sequence number.
     pub sequence: u64,
+    /// In dBov (RFC 6464), if the server passes it on.
+    pub level: Option<i8>,
     pub received_at: Instant,
 }
 
@@ -67,6 +72,8 @@ pub struct Track {
     pub packets: Box<dyn Fn() -> Packets + Send + Sync>,
     /// Whether its participant has muted it, and so is not expected to send anything.
     pub muted: Box<dyn Fn() -> bool + Send + Sync>,
+    /// Its participant's priority: the highest first, when streams are scarce.
+    pub priority: Box<dyn Fn() -> i32 + Send + Sync>,
 }
 
 /// How streams are used.
@@ -80,11 +87,23 @@ pub struct Settings {
     /// How long a participant who is not muted may send nothing before the stream is closed;
     /// `None` for ever.
     pub idle_after: Option<Duration>,
+    /// None if streams are kept open through any silence.
+    pub parking: Option<Parking>,
     /// The most audio that is sent again after a lost connection.
     pub replay: Duration,
     /// Pauses before another try: the first and the longest.
     pub retry_first: Duration,
     pub retry_most: Duration,
+}
+
+/// When a stream is closed because its participant is silent, and how one is opened again.
+#[derive(Debug, Clone, Copy)]
+pub struct Parking {
+    pub after: Duration,
+    /// What is below is silence, in dBov.
+    pub threshold: i8,
+    /// How much from before the first word is sent.
+    pub preroll: Duration,
 }
 
 impl Settings {
@@ -95,6 +114,11 @@ impl Settings {
             page: ms(config.page_ms),
             close_grace: ms(config.close_grace_ms),
             idle_after: (config.idle_after_ms > 0).then(|| ms(config.idle_after_ms)),
+            parking: (config.park_after_ms > 0).then(|| Parking {
+                after: ms(config.park_after_ms),
+                threshold: 0i8.saturating_sub_unsigned(config.speech_level),
+                preroll: ms(config.preroll_ms),
+            }),
             replay: ms(config.replay_ms),
             retry_first: ms(config.retry_first_ms),
             retry_most: ms(config.retry_most_ms),
@@ -196,12 +220,14 @@ pub enum Command {
 pub async fn run(
     context: Arc<Context>,
     participant: String,
+    card: SessionCard,
     mut commands: mpsc::Receiver<Command>,
     mut orders: watch::Receiver<Option<CloseOrder>>,
 ) {
     let mut session = Session {
         context,
         participant,
+        card,
         tracks: JoinSet::new(),
         running: HashMap::new(),
     };
@@ -229,6 +255,7 @@ pub async fn run(
 struct Session {
     context: Arc<Context>,
     participant: String,
+    card: SessionCard,
     tracks: JoinSet<()>,
     running: HashMap<Id, Running>,
 }
@@ -245,7 +272,9 @@ impl Session {
         let over = self.context.within_grace(CloseReason::TrackEnded);
         self.remove(&track.sid, &over);
         let (orders, ordered) = watch::channel(None);
-        let transcriber = Transcriber::new(self.context.clone(), &self.participant, track.clone());
+        let card = self.card.track(&track.sid);
+        let (context, participant) = (self.context.clone(), &self.participant);
+        let transcriber = Transcriber::new(context, participant, track.clone(), card);
         let packets = (track.packets)();
         let task = self.tracks.spawn(transcriber.run(packets, ordered));
         self.running.insert(
@@ -339,10 +368,19 @@ async fn next_order(orders: &mut watch::Receiver<Option<CloseOrder>>) -> Option<
 struct Transcriber {
     context: Arc<Context>,
     key: StreamKey,
+    card: TrackCard,
     track: Arc<Track>,
     clock: TrackClock,
     /// When it was last seen to be muted.
     muted_at: Option<Instant>,
+    ear: Ear,
+    spoke_at: Option<Instant>,
+    /// Whether there is anything to transcribe: not while the participant is parked.
+    wanted: bool,
+    /// Its last stream was closed for that.
+    parked: bool,
+    /// Samples that waited for a stream for too long, since the last one.
+    missed: u64,
     kept: VecDeque<Kept>,
     open: Option<Open>,
     /// What the stream was opened with.
@@ -372,7 +410,7 @@ struct Open {
 }
 
 impl Transcriber {
-    fn new(context: Arc<Context>, participant: &str, track: Arc<Track>) -> Self {
+    fn new(context: Arc<Context>, participant: &str, track: Arc<Track>, card: TrackCard) -> Self {
         let key = StreamKey {
             room: context.room.clone(),
             participant: participant.to_owned(),
@@ -380,9 +418,15 @@ impl Transcriber {
         };
         Self {
             key,
+            card,
             track,
             clock: TrackClock::default(),
             muted_at: None,
+            ear: Ear::default(),
+            spoke_at: None,
+            wanted: false,
+            parked: false,
+            missed: 0,
             kept: VecDeque::new(),
             open: None,
             stt: context.stt(),
@@ -403,6 +447,7 @@ impl Transcriber {
                 page_ends = self.stt.page_ends();
             }
             let retry_at = self.retry_at;
+            self.show();
             tokio::select! {
                 biased;
                 new = next_order(&mut orders) => break new.unwrap_or_else(|| {
@@ -441,6 +486,20 @@ impl Transcriber {
         self.close(first, orders).await;
     }
 
+    /// Puts on its card what it does now.
+    fn show(&mut self) {
+        let state = match &self.open {
+            Some(open) if open.closing => TrackState::Closing,
+            Some(_) => TrackState::Streaming,
+            None if self.waiting.is_some() => TrackState::Waiting,
+            None if self.retry_at.is_some() => TrackState::Retrying,
+            None if self.parked && !self.wanted => TrackState::Parked,
+            None => TrackState::Quiet,
+        };
+        let stream = self.open.as_ref().map(|open| open.stream.id());
+        self.card.tell(state, stream);
+    }
+
     /// Takes the packets that have come since the last page. They wait for its end rather than wake
     /// this task, each of them, for nothing. Returns false when the track is over.
     fn take_packets(&mut self, packets: &mut Fuse<Packets>) -> bool {
@@ -464,6 +523,7 @@ impl Transcriber {
         let Some(span) = placed else {
             return;
         };
+        self.listen(&packet, span);
         match &mut self.open {
             Some(open) if !open.closing => {
                 let page = open.line.packet(span, &packet.payload);
@@ -481,13 +541,43 @@ impl Transcriber {
         }
     }
 
+    /// Hears whether the participant speaks, if that makes a difference.
+    fn listen(&mut self, packet: &Packet, span: Span) {
+        if self.open.is_none() && !self.wanted {
+            // The next stream follows what is configured now.
+            self.stt = self.context.stt();
+        }
+        let Some(parking) = self.stt.settings.parking else {
+            self.wanted = true;
+            return;
+        };
+        let (payload, level) = (&packet.payload, packet.level);
+        if self
+            .ear
+            .hears(payload, level, span.samples, parking.threshold)
+        {
+            self.spoke_at = Some(packet.received_at);
+            self.wanted = true;
+        }
+    }
+
     fn keep(&mut self, span: Span, payload: Arc<[u8]>) {
         self.kept.push_back(Kept { span, payload });
-        let replay = self.stt.settings.replay;
-        let oldest = span.end().saturating_sub(samples(replay));
+        let Settings {
+            replay, parking, ..
+        } = self.stt.settings;
+        let limit = match parking {
+            Some(parking) if !self.wanted => parking.preroll,
+            Some(parking) => parking.preroll.max(replay),
+            None => replay,
+        };
+        let oldest = span.end().saturating_sub(samples(limit));
         // The packet itself stays: it may be the first of a stream.
         while self.kept.len() > 1 && self.kept[0].span.at < oldest {
-            self.kept.pop_front();
+            let dropped = self.kept.pop_front();
+            if self.wanted && self.open.is_none() {
+                self.missed += dropped.map_or(0, |kept| kept.span.samples);
+            }
         }
     }
 
@@ -504,8 +594,9 @@ impl Transcriber {
 
     /// Takes a place in the queue for a stream, if there is something to send.
     fn want_stream(&mut self) {
-        if self.waiting.is_none() && !self.kept.is_empty() {
-            self.waiting = Some(Box::pin(self.context.stt().gate.admit(0)));
+        if self.wanted && self.waiting.is_none() && !self.kept.is_empty() {
+            let priority = (self.track.priority)();
+            self.waiting = Some(Box::pin(self.context.stt().gate.admit(priority)));
         }
     }
 
@@ -543,6 +634,12 @@ impl Transcriber {
             }
         }
         stream.audio(page);
+        let missed = seconds(std::mem::take(&mut self.missed));
+        if missed > 0.0 {
+            tracing::warn!(id = %stream.id(), key = %self.key, missed,
+                "what was said first is lost: it waited for a stream for too long");
+        }
+        self.parked = false;
         self.open = Some(Open {
             stream,
             line,
@@ -577,6 +674,16 @@ impl Transcriber {
         let idle_after = self.stt.settings.idle_after;
         if idle_after.is_some_and(|limit| quiet >= limit) {
             let order = self.context.within_grace(CloseReason::Idle);
+            return self.close_stream(&order);
+        }
+        let silent = self.spoke_at.map_or(Duration::MAX, since);
+        let silent = silent.min(since(open.since));
+        let parked = |Parking { after, .. }: Parking| {
+            silent >= after || silent >= YIELD_AFTER && self.stt.gate.is_crowded()
+        };
+        if self.stt.settings.parking.is_some_and(parked) {
+            (self.wanted, self.parked) = (false, true);
+            let order = self.context.within_grace(CloseReason::Parked);
             self.close_stream(&order);
         }
     }
@@ -652,6 +759,8 @@ impl Transcriber {
             self.done_until(sent);
             return self.want_stream();
         }
+        // There may be words in what was not acknowledged.
+        self.wanted = true;
         let good = |wall_seconds| wall_seconds >= GOOD_STREAM_SECONDS;
         if settled
             .as_ref()
@@ -681,6 +790,7 @@ impl Transcriber {
     /// keeps.
     async fn close(mut self, first: CloseOrder, mut orders: watch::Receiver<Option<CloseOrder>>) {
         self.close_stream(&first);
+        self.show();
         let mut owner_there = true;
         while self.open.is_some() {
             tokio::select! {
@@ -707,8 +817,11 @@ impl Transcriber {
             .open
             .as_ref()
             .map_or(0, |open| open.stream.dropped_pages());
+        // While parked, what is kept is silence.
         let untranscribed = match (self.kept.front(), self.kept.back()) {
-            (Some(first), Some(last)) => seconds(last.span.end() - first.span.at),
+            (Some(first), Some(last)) if self.wanted => {
+                seconds(last.span.end() - first.span.at + self.missed)
+            }
             _ => 0.0,
         };
         if lost > 0 || counts.malformed > 0 || counts.late > 0 || untranscribed > 0.0 {
@@ -778,6 +891,7 @@ mod tests {
             payload: FRAME.into(),
             timestamp: n * 960,
             sequence: n.into(),
+            level: None,
             received_at: now(),
         });
         let end = packets::once(ended).filter_map(async |_| None);
@@ -786,6 +900,7 @@ mod tests {
             sid: "t".to_owned(),
             packets: Box::new(move || Box::pin(all.lock().unwrap().take().expect("asked once"))),
             muted: Box::new(|| false),
+            priority: Box::new(|| 0),
         }
     }
 
@@ -827,7 +942,10 @@ mod tests {
         let (end, ended) = oneshot::channel();
         let sent = commands.try_send(Command::Add(track(ended)));
         assert!(sent.is_ok());
-        let session = tokio::spawn(run(Arc::new(context), "p".into(), received, ordered));
+        let room = registry.board().room("r");
+        let card = room.session("p", "PA_p");
+        let life = run(Arc::new(context), "p".into(), card, received, ordered);
+        let session = tokio::spawn(life);
 
         let connection = connections.recv().await.expect("a connection");
         tokio::time::sleep(IDLE).await;

@@ -30,7 +30,7 @@ use thiserror::Error;
 use tokio::sync::{oneshot, watch};
 
 pub use self::{
-    price::{Prices, parse as parse_price},
+    price::{Prices, parse as parse_price, parse_amount},
     read::{Dimension, Interval, Reader, Receipt, UsageRow},
     row::receipt,
 };

@@ -35,7 +35,20 @@ impl Table {
 
     pub fn print(&self, out: &mut impl io::Write) -> io::Result<()> {
         let heading: Vec<_> = self.columns.iter().map(|(name, _)| name.clone()).collect();
-        let all = || std::iter::once(&heading).chain(&self.rows);
+        self.print_these(out, Some(&heading))
+    }
+
+    /// Without the heading.
+    pub fn print_rows(&self, out: &mut impl io::Write) -> io::Result<()> {
+        self.print_these(out, None)
+    }
+
+    fn print_these(
+        &self,
+        out: &mut impl io::Write,
+        heading: Option<&Vec<String>>,
+    ) -> io::Result<()> {
+        let all = || heading.into_iter().chain(&self.rows);
         let width = |n: usize| {
             let cells = all().filter_map(|row| row.get(n));
             cells.map(|cell| cell.chars().count()).max().unwrap_or(0)

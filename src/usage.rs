@@ -11,9 +11,10 @@ use serde_json::{Map, Value, json};
 use crate::{
     cli::{self, ConfigArgs, EXIT_FAILURE, EXIT_OK, EXIT_USAGE},
     config::{Config, LogFormat},
+    control::{command, view},
     journal::{self, Present},
     registry::OpenStream,
-    store::{Dimension, Interval, Reader, Receipt, UsageRow, receipt},
+    store::{Dimension, Interval, Reader, Receipt, StoreError, UsageRow, receipt},
     table::{
         Align::{Left, Right},
         Table,
@@ -158,30 +159,19 @@ fn print_usage(args: &UsageArgs, format: Option<LogFormat>) -> Result<(), Failed
         export(&reader, interval, format, &mut out)?;
         return Ok(out.flush()?);
     }
-    let rows = reader.usage(&args.by, interval).map_err(failed)?;
-    let total = reader.usage(&[], interval).map_err(failed)?;
-    let total = total.into_iter().next().unwrap_or_default();
     if args.json {
-        let named = |row: &UsageRow| {
-            let names = args.by.iter().map(|by| by.name().to_owned());
-            let mut fields: Map<_, _> = names.zip(row.of.iter().map(|of| json!(of))).collect();
-            if let Value::Object(sums) = json!(row) {
-                fields.extend(sums);
-            }
-            Value::Object(fields)
-        };
         let since = args
             .since
             .map(|at| at.to_rfc3339_opts(SecondsFormat::Secs, true));
-        let said = json!({
-            "since": since,
-            "rows": rows.iter().map(named).collect::<Vec<_>>(),
-            "total": total,
-        });
+        let (rows, total) = summed(&reader, &args.by, args.since).map_err(failed)?;
+        let said = json!({ "since": since, "rows": rows, "total": total });
         serde_json::to_writer_pretty(&mut out, &said).map_err(io::Error::from)?;
         writeln!(out)?;
         return Ok(out.flush()?);
     }
+    let rows = reader.usage(&args.by, interval).map_err(failed)?;
+    let total = reader.usage(&[], interval).map_err(failed)?;
+    let total = total.into_iter().next().unwrap_or_default();
     let sums = [
         "streams",
         "failed",
@@ -213,6 +203,26 @@ fn print_usage(args: &UsageArgs, format: Option<LogFormat>) -> Result<(), Failed
     table.row(cells(of, &total));
     table.print(&mut out)?;
     Ok(out.flush()?)
+}
+
+/// Rows with the names of what they are summed by, and the sum of all.
+pub(crate) fn summed(
+    reader: &Reader,
+    by: &[Dimension],
+    since: Option<DateTime<Utc>>,
+) -> Result<(Vec<Value>, Value), StoreError> {
+    let interval = from(since);
+    let named = |row: UsageRow| {
+        let names = by.iter().map(|by| by.name().to_owned());
+        let mut fields: Map<_, _> = names.zip(row.of.iter().map(|of| json!(of))).collect();
+        if let Value::Object(sums) = json!(row) {
+            fields.extend(sums);
+        }
+        Value::Object(fields)
+    };
+    let rows = reader.usage(by, interval)?.into_iter().map(named).collect();
+    let total = reader.usage(&[], interval)?.into_iter().next();
+    Ok((rows, json!(total.unwrap_or_default())))
 }
 
 fn export(
@@ -252,14 +262,21 @@ fn csv(value: &Value) -> String {
 struct Streams {
     /// None if the system does not tell.
     daemon_runs: Option<bool>,
-    /// By the journal. Without a daemon they are orphaned: its next start settles them as that.
-    open: Vec<OpenStream>,
+    /// By the daemon, or if it does not answer by its journal. Without a daemon they are orphaned:
+    /// its next start settles them as that.
+    open: Vec<view::Stream>,
+    /// The rest of what the daemon says; nothing if it does not answer.
+    waiting: Vec<view::Idle>,
+    parked: Vec<view::Idle>,
+    quarantined: Option<usize>,
+    /// Left open by an earlier run of it.
+    orphaned: Vec<view::Orphan>,
     /// Latest first.
     over: Vec<Receipt>,
 }
 
-pub(crate) fn streams(args: StreamsArgs, format: Option<LogFormat>) -> u8 {
-    done(print_streams(&args, format).map(|()| EXIT_OK))
+pub(crate) async fn streams(args: StreamsArgs, format: Option<LogFormat>) -> u8 {
+    done(print_streams(&args, format).await.map(|()| EXIT_OK))
 }
 
 /// What is open by the journal; none if there is no journal.
@@ -270,9 +287,10 @@ pub(crate) fn present(config: &Config) -> Result<Option<Present>, Failed> {
     journal::present(&dir, &config.rooms.identity).map_err(failed)
 }
 
-fn print_streams(args: &StreamsArgs, format: Option<LogFormat>) -> Result<(), Failed> {
+async fn print_streams(args: &StreamsArgs, format: Option<LogFormat>) -> Result<(), Failed> {
     let config = load(&args.config, format)?;
     // Before the ledger, so that a stream that ends meanwhile is in one of them.
+    let told = command::streams(&config).await;
     let present = present(&config)?;
     let over = match reader(&config) {
         Ok(reader) => reader.latest(args.last).map_err(failed)?,
@@ -280,20 +298,33 @@ fn print_streams(args: &StreamsArgs, format: Option<LogFormat>) -> Result<(), Fa
         Err(error) => return Err(error),
     };
     let name = |run, stream: &OpenStream| receipt(&config.rooms.identity, (run, stream.id));
-    let (daemon_runs, open) = present.map_or((None, Vec::new()), |present| {
-        let open = present.open.into_iter().filter(|(run, stream)| {
-            let name = name(*run, stream);
-            over.iter().all(|over| over.receipt != name)
-        });
-        (
-            present.daemon_runs,
-            open.map(|(_, stream)| stream).collect(),
-        )
-    });
-    let streams = Streams {
-        daemon_runs,
-        open,
-        over,
+    let streams = match (told, present) {
+        (Some(told), _) => Streams {
+            daemon_runs: Some(true),
+            open: told.open,
+            waiting: told.waiting,
+            parked: told.parked,
+            quarantined: Some(told.quarantined),
+            orphaned: told.orphaned,
+            over,
+        },
+        (None, present) => {
+            let daemon_runs = present.as_ref().and_then(|present| present.daemon_runs);
+            let open = present.map_or(Vec::new(), |present| present.open);
+            let open = open.into_iter().filter(|(run, stream)| {
+                let name = name(*run, stream);
+                over.iter().all(|over| over.receipt != name)
+            });
+            Streams {
+                daemon_runs,
+                open: open.map(|(_, stream)| (&stream).into()).collect(),
+                waiting: Vec::new(),
+                parked: Vec::new(),
+                quarantined: None,
+                orphaned: Vec::new(),
+                over,
+            }
+        }
     };
     let mut out = io::BufWriter::new(anstream::stdout().lock());
     if args.json {
@@ -301,6 +332,12 @@ fn print_streams(args: &StreamsArgs, format: Option<LogFormat>) -> Result<(), Fa
         writeln!(out)?;
     } else {
         table(&streams).print(&mut out)?;
+        if let Some(held) = streams.quarantined.filter(|held| *held > 0) {
+            writeln!(
+                out,
+                "{held} ended unacknowledged and may still be counted by the provider"
+            )?;
+        }
     }
     Ok(out.flush()?)
 }
@@ -323,20 +360,40 @@ fn table(streams: &Streams) -> Table {
     };
     let dash = || "-".to_owned();
     let id = |request: &Option<String>| request.clone().unwrap_or_else(dash);
-    for stream in &streams.open {
-        let (state, why) = match streams.daemon_runs {
-            Some(false) => ("orphaned", "the daemon was killed".to_owned()),
-            Some(true) | None => (stream.state.name(), dash()),
-        };
+    let seconds_of = |rfc3339: &str| rfc3339.get(..19).unwrap_or(rfc3339).replace('T', " ");
+    let mut open = |state: &str, stream: &view::Stream, why: String| {
         table.row([
             state.to_owned(),
-            stream.key.room.clone(),
-            stream.key.participant.clone(),
-            time(stream.opened_at_ms),
+            stream.room.clone(),
+            stream.participant.clone(),
+            seconds_of(&stream.opened_at),
             dash(),
             dash(),
             id(&stream.request_id),
             why,
+        ]);
+    };
+    for stream in &streams.open {
+        match streams.daemon_runs {
+            Some(false) => open("orphaned", stream, "the daemon was killed".to_owned()),
+            Some(true) | None => open(&stream.state, stream, dash()),
+        }
+    }
+    for orphan in &streams.orphaned {
+        let free_by = seconds_of(&orphan.free_by);
+        let why = format!("the daemon was killed; free by {free_by}");
+        open("orphaned", &orphan.stream, why);
+    }
+    for idle in streams.waiting.iter().chain(&streams.parked) {
+        table.row([
+            idle.state.clone(),
+            idle.room.clone(),
+            idle.participant.clone(),
+            dash(),
+            dash(),
+            dash(),
+            dash(),
+            format!("for {:.0} s", idle.age_seconds),
         ]);
     }
     let seconds = |seconds: Option<f64>| seconds.map_or_else(dash, |s| format!("{s:.2}"));

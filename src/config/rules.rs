@@ -1,20 +1,29 @@
 //! Which values are allowed, and which of them together.
 
+use std::net::SocketAddr;
+
 use config::ValueKind;
+use secrecy::ExposeSecret;
 use tracing_subscriber::EnvFilter;
 use url::Url;
 
 use super::{
-    Config,
+    Config, OFF,
     sources::{Settings, text},
 };
 use crate::store;
 
 /// Numbers: the key, whether 0 is allowed and means never, the least and the most, and the unit.
-const RANGES: [(&str, bool, u64, u64, &str); 22] = [
+const RANGES: [(&str, bool, u64, u64, &str); 29] = [
     ("rooms.poll_interval_ms", false, 50, 3_600_000, MS),
     ("rooms.reconcile_interval_ms", true, 50, 3_600_000, MS),
+    ("agent.slots", true, 1, 100_000, "jobs"),
+    ("agent.load_percent", false, 1, 100, "percent"),
     ("stt.max_streams", true, 1, 100_000, "streams"),
+    ("stt.park_after_ms", true, 500, 3_600_000, MS),
+    // RFC 6464: -127 dBov is digital silence.
+    ("stt.speech_level", false, 1, 126, "dB below full scale"),
+    ("stt.preroll_ms", true, 20, 10_000, MS),
     ("stt.page_ms", false, 20, 1000, MS),
     ("stt.connect_timeout_ms", false, 100, 20_000, MS),
     ("stt.close_grace_ms", false, 100, 120_000, MS),
@@ -32,7 +41,9 @@ const RANGES: [(&str, bool, u64, u64, &str); 22] = [
     ("transcripts.file_max_mb", false, 1, 1_000_000, "megabytes"),
     ("transcripts.file_keep", true, 1, 1000, "files"),
     ("ledger.retention_days", true, 1, 36_500, "days"),
-    ("quota.concurrent_streams", true, 1, 1_000_000, "streams"),
+    ("budget.day_minutes", true, 1, 100_000_000, "minutes"),
+    ("budget.month_minutes", true, 1, 1_000_000_000, "minutes"),
+    ("budget.warn_at_percent", false, 1, 100, "percent"),
     ("usage_reports.timeout_ms", false, 100, 120_000, MS),
     ("shutdown.deadline_ms", false, 100, 600_000, MS),
     ("shutdown.hurry_ms", false, 50, 600_000, MS),
@@ -40,10 +51,17 @@ const RANGES: [(&str, bool, u64, u64, &str); 22] = [
 const MS: &str = "milliseconds";
 
 const MAX_TEXT: usize = 4096;
+/// A token that is shorter could be guessed.
+const MIN_TOKEN: usize = 16;
 const MAX_ITEMS: usize = 1000;
 /// LiveKit's limit of identities and names of rooms, in bytes.
 const MAX_NAME: usize = 256;
-const NAMES: [&str; 2] = ["rooms.identity", "rooms.join"];
+const NAMES: [&str; 4] = [
+    "rooms.identity",
+    "rooms.join",
+    "agent.identity",
+    "agent.name",
+];
 /// What else is sent as a parameter of `/v1/listen`, and is not for `stt.extra`.
 const SENT: [&str; 6] = [
     "model",
@@ -108,10 +126,24 @@ pub(super) fn check_values(settings: &mut Settings<'_>) {
             faults.push((key.to_owned(), allowed.to_owned()));
         }
     }
+    for key in ["budget.day_cost", "budget.month_cost"] {
+        let cost = settings.text(key);
+        if cost.is_some_and(|text| store::parse_amount(text).is_none_or(|cost| cost <= 0.0)) {
+            let allowed = "it must be an amount of ledger.currency, in digits, above 0, such as \
+                           \"25.50\"";
+            faults.push((key.to_owned(), allowed.to_owned()));
+        }
+    }
     let currency = settings.text("ledger.currency").unwrap_or_default();
     if !matches!(currency.len(), 1..=8) || !currency.bytes().all(|b| b.is_ascii_alphabetic()) {
         let allowed = "it must be a name of 1 to 8 letters, such as USD";
         faults.push(("ledger.currency".to_owned(), allowed.to_owned()));
+    }
+    let listen = settings.text("control.listen").unwrap_or_default();
+    if listen != OFF && listen.parse::<SocketAddr>().is_err() {
+        let allowed = "it must be an IP address and a port, such as 127.0.0.1:7460 or [::1]:7460, \
+                       or off";
+        faults.push(("control.listen".to_owned(), allowed.to_owned()));
     }
     let filter = settings.text("log.filter");
     if let Some(Err(error)) = filter.map(EnvFilter::try_new) {
@@ -125,6 +157,11 @@ pub(super) fn check_values(settings: &mut Settings<'_>) {
 #[cfg(test)]
 pub(super) fn has_range(key: &str) -> bool {
     RANGES.iter().any(|(name, ..)| *name == key)
+}
+
+/// As texts of the configuration are checked; for those that come from elsewhere.
+pub(crate) fn wrong_setting(text: &str) -> Option<String> {
+    wrong_text(text, MAX_TEXT)
 }
 
 fn wrong_text(text: &str, most: usize) -> Option<String> {
@@ -177,16 +214,23 @@ pub(super) fn check_together(config: &Config, settings: &mut Settings<'_>) {
         stt,
         ..
     } = config;
-    if rooms.discover && rooms.include.is_empty() && rooms.join.is_empty() {
+    let dispatched = config.agent.enabled;
+    if rooms.discover && rooms.include.is_empty() && rooms.join.is_empty() && !dispatched {
         settings.fault(
             "rooms.include",
             "no room would be joined: give a pattern, or names in rooms.join",
         );
     }
-    if !rooms.discover && rooms.join.is_empty() {
+    if !rooms.discover && rooms.join.is_empty() && !dispatched {
         settings.fault(
             "rooms.discover",
-            "no room would be joined: give names in rooms.join, or set it to true",
+            "no room would be joined: give names in rooms.join, or set it or agent.enabled to true",
+        );
+    }
+    if dispatched && config.agent.identity == rooms.identity {
+        settings.fault(
+            "agent.identity",
+            "it must not be that of rooms.identity, which is for this daemon alone",
         );
     }
     if participants.include.is_empty() {
@@ -217,6 +261,22 @@ pub(super) fn check_together(config: &Config, settings: &mut Settings<'_>) {
     }
     if config.usage_reports.url.is_some() && !config.ledger.enabled {
         settings.fault("usage_reports.url", "it needs ledger.enabled = true");
+    }
+    let budget = &config.budget;
+    if budget.is_set() && !config.ledger.enabled {
+        settings.fault(
+            "ledger.enabled",
+            "[budget] needs it: set it to true, or no budget",
+        );
+    }
+    let costs = [
+        ("budget.day_cost", &budget.day_cost),
+        ("budget.month_cost", &budget.month_cost),
+    ];
+    for (key, cost) in costs {
+        if cost.is_some() && config.ledger.prices.is_empty() {
+            settings.fault(key, "it needs prices, in [ledger.prices]");
+        }
     }
     at_most(settings, "shutdown.hurry_ms", "shutdown.deadline_ms");
     at_most(settings, "stt.retry_first_ms", "stt.retry_most_ms");
@@ -253,6 +313,48 @@ pub(super) fn check_together(config: &Config, settings: &mut Settings<'_>) {
     }
     if config.livekit.url.query().is_some() {
         settings.fault("livekit.url", "a query in it is not supported");
+    }
+}
+
+/// Who may use the control API.
+pub(super) fn check_tokens(config: &Config, settings: &mut Settings<'_>) {
+    let control = &config.control;
+    let elsewhere = |address: SocketAddr| !address.ip().is_loopback();
+    if control.address().is_some_and(elsewhere) && control.token.is_none() {
+        settings.fault(
+            "control.listen",
+            "others can reach it: set control.token or control.token_file (such as to what \
+             `openssl rand -hex 32` prints), or listen on 127.0.0.1",
+        );
+    }
+    if control.read_token.is_some() && control.token.is_none() {
+        settings.fault(
+            "control.read_token",
+            "it needs control.token: without that everybody on this machine may do everything",
+        );
+    }
+    for (key, token) in [
+        ("control.token", &control.token),
+        ("control.read_token", &control.read_token),
+    ] {
+        let token = token.as_ref().map(ExposeSecret::expose_secret);
+        if token.is_some_and(|token| token.len() < MIN_TOKEN) {
+            let allowed = format!("at least {MIN_TOKEN} characters are needed");
+            settings.fault(key, &allowed);
+        } else if token.is_some_and(|token| !token.bytes().all(|b| b.is_ascii_graphic())) {
+            settings.fault(
+                key,
+                "only visible ASCII characters are allowed, without blanks",
+            );
+        }
+    }
+    if let (Some(token), Some(read)) = (&control.token, &control.read_token)
+        && token.expose_secret() == read.expose_secret()
+    {
+        settings.fault(
+            "control.read_token",
+            "it must not be the same as control.token",
+        );
     }
 }
 

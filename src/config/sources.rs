@@ -36,7 +36,7 @@ pub(super) struct Secret {
     pub needed: bool,
 }
 
-pub(super) const SECRETS: [Secret; 4] = [
+pub(super) const SECRETS: [Secret; 6] = [
     Secret {
         key: "livekit.api_key",
         file_key: "livekit.api_key_file",
@@ -63,6 +63,20 @@ pub(super) const SECRETS: [Secret; 4] = [
         file_key: "usage_reports.secret_file",
         variable: "ROOMWARDEN__USAGE_REPORTS__SECRET",
         file_variable: "ROOMWARDEN__USAGE_REPORTS__SECRET_FILE",
+        needed: false,
+    },
+    Secret {
+        key: "control.token",
+        file_key: "control.token_file",
+        variable: "ROOMWARDEN__CONTROL__TOKEN",
+        file_variable: "ROOMWARDEN__CONTROL__TOKEN_FILE",
+        needed: false,
+    },
+    Secret {
+        key: "control.read_token",
+        file_key: "control.read_token_file",
+        variable: "ROOMWARDEN__CONTROL__READ_TOKEN",
+        file_variable: "ROOMWARDEN__CONTROL__READ_TOKEN_FILE",
         needed: false,
     },
 ];
@@ -513,7 +527,8 @@ pub(super) fn read(path: &Path) -> Result<String, Problem> {
     })
 }
 
-fn read_secret(path: &Path) -> Result<String, String> {
+/// A secret that a file holds, without a line break at its end.
+pub(crate) fn read_secret(path: &Path) -> Result<String, String> {
     let text =
         read_bounded(path, MAX_SECRET).map_err(|error| format!("cannot read it: {error}"))?;
     match text.trim_end_matches(['\r', '\n']) {

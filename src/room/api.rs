@@ -4,10 +4,13 @@ use std::time::Duration;
 
 use livekit_api::{
     access_token::{AccessToken, AccessTokenError, VideoGrants},
-    services::{ServerError, ServerErrorCode, ServiceError, room::RoomClient},
+    services::{
+        ServerError, ServerErrorCode, ServiceError, agent_dispatch::AgentDispatchClient,
+        room::RoomClient,
+    },
 };
 use livekit_net::{Header, HttpClientExt};
-use livekit_protocol::ParticipantInfo;
+use livekit_protocol::{AgentDispatch, CreateAgentDispatchRequest, ParticipantInfo};
 use secrecy::ExposeSecret;
 use thiserror::Error;
 
@@ -16,6 +19,9 @@ use crate::config::LiveKitConfig;
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
 /// Of what a server says in place of an answer.
 const MAX_SAID: usize = 200;
+/// An attribute of the daemon's participant by which daemons know each other in a room; its value is
+/// `rooms.identity`.
+pub const DAEMON_ATTRIBUTE: &str = "roomwarden.daemon";
 
 /// A room that the server has.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -38,6 +44,7 @@ pub enum ApiError {
 pub struct RoomApi {
     config: LiveKitConfig,
     client: RoomClient,
+    dispatches: AgentDispatchClient,
     url: String,
 }
 
@@ -54,9 +61,12 @@ impl RoomApi {
         let secret = config.api_secret.expose_secret();
         let client = RoomClient::with_api_key(url.as_str(), &config.api_key, secret)
             .with_request_timeout(REQUEST_TIMEOUT);
+        let dispatches = AgentDispatchClient::with_api_key(url.as_str(), &config.api_key, secret)
+            .with_request_timeout(REQUEST_TIMEOUT);
         Self {
             config: config.clone(),
             client,
+            dispatches,
             url: url.to_string(),
         }
     }
@@ -89,6 +99,71 @@ impl RoomApi {
         }
     }
 
+    /// Puts somebody out of a room; false if nobody of that identity is there. Cancel safe.
+    pub async fn remove_participant(&self, room: &str, identity: &str) -> Result<bool, ApiError> {
+        let removed = self.client.remove_participant(room, identity).await;
+        self.unless_gone(removed).await
+    }
+
+    /// Ends a room for everybody; false if there is none. Cancel safe.
+    pub async fn delete_room(&self, room: &str) -> Result<bool, ApiError> {
+        let deleted = self.client.delete_room(room).await;
+        self.unless_gone(deleted).await
+    }
+
+    /// The dispatches of agents to a room. Cancel safe.
+    pub async fn list_dispatches(&self, room: &str) -> Result<Vec<AgentDispatch>, ApiError> {
+        match self.dispatches.list_dispatch(room).await {
+            Ok(dispatches) => Ok(dispatches),
+            Err(error) => Err(self.error(error).await),
+        }
+    }
+
+    /// Dispatches agents of that name to a room, which is made if there is none.
+    pub async fn create_dispatch(
+        &self,
+        room: &str,
+        agent_name: &str,
+        metadata: &str,
+    ) -> Result<AgentDispatch, ApiError> {
+        let request = CreateAgentDispatchRequest {
+            room: room.to_owned(),
+            agent_name: agent_name.to_owned(),
+            metadata: metadata.to_owned(),
+            ..CreateAgentDispatchRequest::default()
+        };
+        match self.dispatches.create_dispatch(request).await {
+            Ok(dispatch) => Ok(dispatch),
+            Err(error) => Err(self.error(error).await),
+        }
+    }
+
+    /// Takes a dispatch back, which ends its jobs; false if there is none.
+    pub async fn delete_dispatch(&self, room: &str, id: &str) -> Result<bool, ApiError> {
+        let deleted = self.dispatches.delete_dispatch(id, room).await;
+        self.unless_gone(deleted).await
+    }
+
+    /// The error of who gave up waiting for an answer.
+    pub fn too_late(&self) -> ApiError {
+        ApiError::Other {
+            url: self.url.clone(),
+            said: "no answer by the deadline".to_owned(),
+        }
+    }
+
+    async fn unless_gone<T>(&self, answer: Result<T, ServiceError>) -> Result<bool, ApiError> {
+        match answer {
+            Ok(_) => Ok(true),
+            Err(ServiceError::Twirp(ServerError::Twirp(twirp)))
+                if twirp.code == ServerErrorCode::NOT_FOUND =>
+            {
+                Ok(false)
+            }
+            Err(error) => Err(self.error(error).await),
+        }
+    }
+
     /// A token to join `room` as a participant of kind agent: it does not keep the room alive,
     /// publishes no media and may send transcripts and say how it is. Others don't see a hidden
     /// one.
@@ -96,6 +171,7 @@ impl RoomApi {
         &self,
         room: &str,
         identity: &str,
+        daemon: &str,
         hidden: bool,
     ) -> Result<String, AccessTokenError> {
         let grants = VideoGrants {
@@ -116,6 +192,7 @@ impl RoomApi {
         AccessToken::with_api_key(&self.config.api_key, secret)
             .with_identity(identity)
             .with_kind("agent")
+            .with_attributes([(DAEMON_ATTRIBUTE, daemon)])
             .with_grants(grants)
             .to_jwt()
     }

@@ -77,6 +77,8 @@ pub struct Selection {
     identities: Names,
     attributes: BTreeMap<String, WildMatch>,
     sources: Vec<AudioSource>,
+    /// Which attribute says it.
+    priority: Option<String>,
 }
 
 impl Selection {
@@ -88,6 +90,7 @@ impl Selection {
                 .map(|(name, pattern)| (name.clone(), WildMatch::new(pattern)))
                 .collect(),
             sources: config.sources.clone(),
+            priority: config.priority_attribute.clone(),
         }
     }
 
@@ -106,6 +109,12 @@ impl Selection {
                 .is_some_and(|value| pattern.matches(value))
         };
         person && self.identities.fit(identity) && self.attributes.iter().all(has)
+    }
+
+    /// The priority of somebody with these attributes; 0 if they say nothing of it.
+    pub fn priority(&self, attributes: &HashMap<String, String>) -> i32 {
+        let said = self.priority.as_ref().and_then(|name| attributes.get(name));
+        said.and_then(|said| said.trim().parse().ok()).unwrap_or(0)
     }
 
     /// Whether an audio track is one of those that are transcribed.
@@ -176,6 +185,7 @@ mod tests {
             include: strings(&["*"]),
             exclude: strings(&["bot-?"]),
             sources: sources.into(),
+            priority_attribute: None,
             attributes: attributes
                 .iter()
                 .map(|(name, value)| ((*name).to_owned(), (*value).to_owned()))

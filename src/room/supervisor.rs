@@ -21,7 +21,7 @@ use livekit_protocol::{
     ParticipantInfo, TrackInfo, TrackType, encryption, participant_info::State,
 };
 use tokio::{
-    sync::{mpsc, oneshot, watch},
+    sync::{Notify, mpsc, oneshot, watch},
     task::{Id, JoinError, JoinSet},
     time::MissedTickBehavior,
 };
@@ -29,14 +29,17 @@ use tokio_util::task::TaskTracker;
 
 use super::{
     api::{ApiError, RoomApi},
+    claims::{Audience, Ticket},
     departure::{self, Left},
     reconcile::{Listed, Listing, Out, Reconciler},
     selection::Selection,
 };
 use crate::{
+    board::RoomCard,
     close::{CloseOrder, order},
     domain::{CloseReason, Transcript},
     failure::{Cause, Trouble},
+    requests::{Answer, Exceptions, Refused, Request, Scope},
     session::{self, Command, Context, Packet, Packets, Track},
 };
 
@@ -61,17 +64,46 @@ const REVIEW_EVERY: Duration = Duration::from_secs(1);
 /// nothing, so often.
 const REVIEWS_TO_SUBSCRIBE: u32 = 5;
 const MAX_DOUBLINGS: u32 = 3;
+/// Reviews in a row that do not find a participant whom the room was joined for.
+const REVIEWS_TO_MISS: u32 = 3;
 
 /// What a room needs from the daemon.
 pub struct RoomContext {
     pub api: Arc<RoomApi>,
     pub url: String,
+    /// Of this daemon.
     pub identity: String,
     pub hidden: bool,
     /// Owns joins and leaves, which must never be cancelled half-way.
     pub owned: TaskTracker,
     /// As it is configured now.
     pub terms: watch::Receiver<Arc<Terms>>,
+}
+
+/// How a room is entered, and what holds for it alone.
+pub struct Entry {
+    /// As whom.
+    pub identity: String,
+    /// By a job's; else a token is minted.
+    pub ticket: Option<Ticket>,
+    pub house: watch::Receiver<House>,
+    /// Somebody hints that there is news: the room is compared with the server's list at once.
+    pub look: Arc<Notify>,
+    pub missing: mpsc::Sender<Missing>,
+}
+
+/// Somebody whom a room was joined for and who is not there.
+#[derive(Debug)]
+pub struct Missing {
+    pub room: String,
+    pub identity: String,
+}
+
+/// What holds for one room alone, as it is now.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct House {
+    /// Of those whom the terms select.
+    pub audience: Audience,
     pub transcripts: ToRoom,
 }
 
@@ -120,23 +152,33 @@ pub enum RoomEnd {
     Stale,
 }
 
+/// What is asked of a room while it runs, and what is kept in mind of that beyond.
+pub struct Asked {
+    pub requests: mpsc::Receiver<Request>,
+    pub exceptions: Exceptions,
+}
+
 /// Joins `room` and stays until it ends or `orders` say so. Returns when every session of it is
 /// closed and the room is left. `tried` is from an earlier [`Ended`] of the room.
 pub async fn supervise(
     room_context: Arc<RoomContext>,
     context: Context,
+    mut entry: Entry,
     tried: HashSet<String>,
+    asked: Asked,
     mut orders: watch::Receiver<Option<CloseOrder>>,
 ) -> Ended {
     let name = context.room.clone();
-    let (room, events) = match join(&room_context, &name, &mut orders).await {
+    let card = context.registry.board().room(&name);
+    let (room, events) = match join(&room_context, &name, &mut entry, &mut orders).await {
         Joined::Yes(room, events) => (room, events),
         Joined::Ordered => return Ended::unjoined(RoomEnd::Closed, tried),
         Joined::Failed(said) => return Ended::unjoined(RoomEnd::Failed(said), tried),
     };
     departure::attach(&room);
     tracing::info!(room = name, "joined");
-    let supervisor = Supervisor::new(room_context, context, room, tried);
+    card.joined(room.maybe_sid().map(|sid| sid.to_string()));
+    let supervisor = Supervisor::new(room_context, context, entry, room, card, tried, asked);
     supervisor.run(events, orders).await
 }
 
@@ -158,17 +200,20 @@ enum Joined {
 async fn join(
     context: &RoomContext,
     name: &str,
+    entry: &mut Entry,
     orders: &mut watch::Receiver<Option<CloseOrder>>,
 ) -> Joined {
-    let token = context
-        .api
-        .join_token(name, &context.identity, context.hidden);
-    let token = match token {
-        Ok(token) => token,
-        Err(error) => return Joined::Failed(error.to_string()),
+    let (url, token) = match entry.ticket.take() {
+        Some(Ticket { url, token }) => (url.unwrap_or_else(|| context.url.clone()), token),
+        None => {
+            let (us, daemon) = (&entry.identity, &context.identity);
+            match context.api.join_token(name, us, daemon, context.hidden) {
+                Ok(token) => (context.url.clone(), token),
+                Err(error) => return Joined::Failed(error.to_string()),
+            }
+        }
     };
     let (sender, mut joined) = oneshot::channel();
-    let url = context.url.clone();
     context.owned.spawn(async move {
         let mut options = RoomOptions::default();
         // Subscribed one by one: audio of people only.
@@ -199,7 +244,10 @@ async fn join(
 struct Supervisor {
     room_context: Arc<RoomContext>,
     context: Arc<Context>,
+    entry: Entry,
     room: Arc<Room>,
+    card: RoomCard,
+    asked: Asked,
     sessions: JoinSet<()>,
     running: HashMap<Id, Running>,
     /// When sessions of participants panicked, by SID.
@@ -215,6 +263,8 @@ struct Supervisor {
     absent: HashSet<ParticipantSid>,
     tried: HashSet<String>,
     subscribing: HashMap<TrackSid, Subscribing>,
+    /// Reviews without those for whom the room was joined, by identity.
+    missing: HashMap<String, u32>,
 }
 
 /// A subscription that has not come about yet.
@@ -235,22 +285,25 @@ impl Supervisor {
     fn new(
         room_context: Arc<RoomContext>,
         mut context: Context,
+        entry: Entry,
         room: Arc<Room>,
+        card: RoomCard,
         tried: HashSet<String>,
+        asked: Asked,
     ) -> Self {
         let mut publisher = JoinSet::new();
-        let forms = room_context.transcripts;
-        if forms.text || forms.packets {
-            let (to_room, transcripts) = mpsc::channel(MAX_TRANSCRIPTS);
-            context.to_room = Some(to_room);
-            publisher.spawn(publish(room.clone(), forms, transcripts));
-        }
+        let (to_room, transcripts) = mpsc::channel(MAX_TRANSCRIPTS);
+        context.to_room = Some(to_room);
+        publisher.spawn(publish(room.clone(), entry.house.clone(), transcripts));
         let mut telling = JoinSet::new();
         telling.spawn(tell(room.clone(), context.stt().gate.trouble()));
         let mut new = Self {
             room_context,
             context: Arc::new(context),
+            entry,
             room,
+            card,
+            asked,
             sessions: JoinSet::new(),
             running: HashMap::new(),
             panics: HashMap::new(),
@@ -262,6 +315,7 @@ impl Supervisor {
             absent: HashSet::new(),
             tried,
             subscribing: HashMap::new(),
+            missing: HashMap::new(),
         };
         new.ask_for_list();
         new
@@ -305,9 +359,12 @@ impl Supervisor {
                         break (self.context.within_grace(CloseReason::RoomEnded(said.to_owned())), how);
                     }
                 }
+                Some(request) = self.asked.requests.recv() => self.on_request(request),
                 _ = review.tick() => self.review_all(),
+                Ok(()) = self.entry.house.changed() => self.review_all(),
             }
         };
+        self.card.closing(first.reason.to_string());
         tracing::info!(room = self.context.room, reason = %first.reason, "closing");
         let sid = self.room.maybe_sid().map(|sid| sid.to_string());
         let tried = std::mem::take(&mut self.tried);
@@ -362,7 +419,10 @@ impl Supervisor {
                     // The SDK's, for everybody when the connection had to be made anew, and for who
                     // was displaced by another of the same identity.
                     participant::DisconnectReason::UnknownReason => "no reason given".into(),
-                    reason => snake_case(reason),
+                    reason => {
+                        self.forget_closed(&participant);
+                        snake_case(reason)
+                    }
                 };
                 self.close_session(&participant.sid(), CloseReason::ParticipantLeft(why));
             }
@@ -388,12 +448,20 @@ impl Supervisor {
         let identity = participant.identity();
         let selection = &self.room_context.terms().selection;
         !self.absent.contains(&participant.sid())
+            && !self.asked.exceptions.keep_out(participant.sid().as_str())
+            && self
+                .entry
+                .house
+                .borrow()
+                .audience
+                .includes(identity.as_str())
             && selection.participant(participant.kind(), identity.as_str(), &attributes)
     }
 
     fn wants(&self, publication: &RemoteTrackPublication) -> bool {
         publication.kind() == TrackKind::Audio
             && self.room_context.terms().selection.source(publication.source())
+            && !self.asked.exceptions.is_closed(publication.sid().as_str())
             // Without the key it is noise, and noise is billed like speech.
             && publication.encryption_type() == EncryptionType::None
     }
@@ -408,10 +476,82 @@ impl Supervisor {
         }
         let terms = self.room_context.terms();
         let selected = terms.selection.source(publication.source());
-        if publication.kind() == TrackKind::Audio && selected {
+        let encrypted = publication.encryption_type() != EncryptionType::None;
+        if publication.kind() == TrackKind::Audio && selected && encrypted {
             let (room, participant) = (&self.context.room, participant.identity());
             tracing::error!(room, %participant, track = %publication.sid(),
                 "the track is end-to-end encrypted and cannot be transcribed");
+        }
+    }
+
+    fn on_request(&mut self, request: Request) {
+        let (answer, result): (Answer, _) = match request {
+            Request::Close(scope, answer) => (answer, self.close_requested(&scope)),
+            Request::Reopen(scope, answer) => (answer, self.reopen(&scope)),
+            Request::Drain(answer) => {
+                let present = self.room.remote_participants().into_values();
+                let present = present.map(|participant| participant.sid().to_string());
+                self.asked.exceptions.drain(present);
+                (answer, Ok(()))
+            }
+            // The daemon's own.
+            Request::Undrain(answer) => (answer, Ok(())),
+        };
+        // Who asked may have left.
+        let _ = answer.send(result);
+    }
+
+    fn present(&self, scope: &Scope) -> Result<Vec<RemoteParticipant>, Refused> {
+        let wanted = scope.identity().ok_or(Refused::NoSuchParticipant)?;
+        let there = self.room.remote_participants().into_values();
+        let there: Vec<_> = there
+            .filter(|participant| participant.identity().as_str() == wanted)
+            .collect();
+        match there.is_empty() {
+            true => Err(Refused::NoSuchParticipant),
+            false => Ok(there),
+        }
+    }
+
+    /// Closes somebody's session, or a track of it, on the path that everything takes. They stay
+    /// closed: a new SID is another participant, or another track.
+    fn close_requested(&mut self, scope: &Scope) -> Result<(), Refused> {
+        let participants = self.present(scope)?;
+        let Some(wanted) = scope.track() else {
+            for participant in participants {
+                let sid = participant.sid();
+                self.asked.exceptions.close(sid.as_str())?;
+                self.close_session(&sid, CloseReason::Requested);
+                self.review(&participant);
+            }
+            return Ok(());
+        };
+        for participant in participants {
+            let mut publications = participant.track_publications().into_values();
+            if let Some(publication) = publications.find(|p| p.sid().as_str() == wanted) {
+                self.asked.exceptions.close(wanted)?;
+                self.end_track(&participant, publication.sid(), CloseReason::Requested);
+                publication.set_subscribed(false);
+                return Ok(());
+            }
+        }
+        Err(Refused::NoSuchTrack)
+    }
+
+    fn reopen(&mut self, scope: &Scope) -> Result<(), Refused> {
+        for participant in self.present(scope)? {
+            self.forget_closed(&participant);
+            self.review(&participant);
+        }
+        Ok(())
+    }
+
+    /// A participant, and all tracks.
+    fn forget_closed(&self, participant: &RemoteParticipant) {
+        let exceptions = &self.asked.exceptions;
+        exceptions.forget(participant.sid().as_str());
+        for sid in participant.track_publications().into_keys() {
+            exceptions.forget(sid.as_str());
         }
     }
 
@@ -484,6 +624,32 @@ impl Supervisor {
             }
         }
         self.subscribing = waiting;
+        self.review_audience();
+    }
+
+    /// Says who of those for whom the room was joined is not there, until nobody is told any more.
+    fn review_audience(&mut self) {
+        let house = self.entry.house.borrow_and_update().clone();
+        let Audience::Only(audience) = house.audience else {
+            return self.missing.clear();
+        };
+        let there = self.room.remote_participants().into_values();
+        let there: HashSet<String> = there.map(|p| p.identity().to_string()).collect();
+        self.missing
+            .retain(|identity, _| audience.contains(identity) && !there.contains(identity));
+        for identity in audience
+            .into_iter()
+            .filter(|identity| !there.contains(identity))
+        {
+            let reviews = self.missing.entry(identity.clone()).or_default();
+            *reviews += 1;
+            if *reviews >= REVIEWS_TO_MISS {
+                // Else the next review says it.
+                let room = self.context.room.clone();
+                let missing = Missing { room, identity };
+                let _ = self.entry.missing.try_send(missing);
+            }
+        }
     }
 
     /// After a full reconnect the SDK tells of publications before it has a session that requests
@@ -510,10 +676,16 @@ impl Supervisor {
         let sid = track.sid();
         let packets = Box::new(move || packets(&track));
         let muted = Box::new(move || publication.is_muted());
+        let (speaker, terms) = (participant.clone(), self.room_context.terms.clone());
+        let priority = Box::new(move || {
+            let attributes = speaker.attributes();
+            terms.borrow().selection.priority(&attributes)
+        });
         let command = Command::Add(Track {
             sid: sid.to_string(),
             packets,
             muted,
+            priority,
         });
         let Some(running) = self.session(&participant.sid()) else {
             return self.start_session(participant, sid, command);
@@ -573,7 +745,8 @@ impl Supervisor {
         let identity = participant.identity().to_string();
         // Cannot fail: the channel is new.
         let _ = commands.try_send(first);
-        let life = session::run(self.context.clone(), identity, received, ordered);
+        let card = self.card.session(&identity, participant.sid().as_str());
+        let life = session::run(self.context.clone(), identity, card, received, ordered);
         let id = self.sessions.spawn(life).id();
         let running = Running {
             participant: participant.sid(),
@@ -633,9 +806,12 @@ impl Supervisor {
         // Rooms that were joined together do not ask together.
         let pause = every.mul_f64(0.75 + 0.5 * fastrand::f64());
         let (context, room) = (self.room_context.clone(), self.room.clone());
-        let name = self.context.room.clone();
+        let (name, look) = (self.context.room.clone(), self.entry.look.clone());
         self.lists.spawn(async move {
-            tokio::time::sleep(pause).await;
+            tokio::select! {
+                () = tokio::time::sleep(pause) => {}
+                () = look.notified() => {}
+            }
             list(&context, &name, &room).await
         });
     }
@@ -923,6 +1099,7 @@ fn packets(track: &RemoteAudioTrack) -> Packets {
         payload: frame.payload,
         timestamp: frame.rtp_timestamp,
         sequence: frame.sequence,
+        level: frame.audio_level,
         received_at: frame.received_at,
     }))
 }
@@ -969,10 +1146,18 @@ async fn tell(room: Arc<Room>, mut trouble: watch::Receiver<Option<Arc<Trouble>>
 
 /// Sends transcripts to the room as LiveKit's front ends expect them: a text stream for each, of
 /// the topic `lk.transcription`, in the name of who spoke; and a packet.
-async fn publish(room: Arc<Room>, forms: ToRoom, mut transcripts: mpsc::Receiver<Transcript>) {
+async fn publish(
+    room: Arc<Room>,
+    house: watch::Receiver<House>,
+    mut transcripts: mpsc::Receiver<Transcript>,
+) {
     let us = room.local_participant();
     let mut sent_any = false;
     while let Some(transcript) = transcripts.recv().await {
+        let forms = house.borrow().transcripts;
+        if !forms.text && !forms.packets {
+            continue;
+        }
         if forms.packets {
             let sent = us.publish_transcription(packet(&transcript)).await;
             if let Err(error) = sent {
@@ -1065,6 +1250,7 @@ mod tests {
             include: vec!["*".into()],
             exclude: vec!["bot".into()],
             sources: vec![AudioSource::Microphone],
+            priority_attribute: None,
             attributes: Default::default(),
         });
         let track = TrackInfo {

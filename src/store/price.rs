@@ -28,12 +28,7 @@ impl Prices {
     }
 
     /// In units of the currency; none if the model has no price.
-    pub(super) fn cost(
-        &self,
-        model: &str,
-        audio_seconds: f64,
-        connection_seconds: f64,
-    ) -> Option<f64> {
+    pub fn cost(&self, model: &str, audio_seconds: f64, connection_seconds: f64) -> Option<f64> {
         let price = self.table.get(model).or(self.table.get(ANY_MODEL))?;
         let seconds = match self.by {
             BilledBy::Audio => audio_seconds,
@@ -44,11 +39,15 @@ impl Prices {
     }
 }
 
-/// A price in digits, with a point or without.
+/// The price of a minute, up to 1000.
 pub fn parse(text: &str) -> Option<f64> {
+    parse_amount(text).filter(|price| *price <= 1000.0)
+}
+
+/// An amount of money in digits, with a point or without.
+pub fn parse_amount(text: &str) -> Option<f64> {
     let digits = text.bytes().all(|b| b.is_ascii_digit() || b == b'.');
-    let price: f64 = text.parse().ok().filter(|_| digits)?;
-    (price <= 1000.0).then_some(price)
+    text.parse().ok().filter(|_| digits)
 }
 
 #[cfg(test)]

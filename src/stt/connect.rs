@@ -1,6 +1,7 @@
 //! Opening a stream: DNS, TCP, TLS and the websocket handshake, each failure with its cause.
 
 use std::{
+    borrow::Cow,
     io,
     net::SocketAddr,
     pin::Pin,
@@ -30,7 +31,7 @@ use crate::{
     audio::LINEAR16_RATE,
     config::{Encoding, Endpointing, SttConfig, SttParameters},
     domain::Service,
-    failure::{Answer, Cause, Failure},
+    failure::{self, Answer, Cause, Failure},
     kernel::SocketId,
 };
 
@@ -218,6 +219,11 @@ impl Provider {
         self.limits
     }
 
+    /// What the provider says, without the key.
+    pub fn hide<'a>(&self, text: &'a str) -> Cow<'a, str> {
+        failure::without(self.key.expose_secret(), text)
+    }
+
     /// The limit for dialling and handshake together.
     pub fn connect_timeout(&self) -> Duration {
         self.connect_timeout
@@ -261,7 +267,8 @@ impl Provider {
     pub async fn upgrade(&self, dialled: Dialled) -> Result<Connected, Failure> {
         let failed = |error| match error {
             tungstenite::Error::Http(response) => {
-                refused(&response).without(self.key.expose_secret())
+                let hide = |text: &str| self.hide(text).into_owned();
+                refused(&response, hide)
             }
             error => ended(&error),
         };
@@ -276,7 +283,8 @@ impl Provider {
             client_async_tls_with_config(request, dialled.0, Some(config), None)
                 .await
                 .map_err(failed)?;
-        let request_id = header(response.headers(), "dg-request-id").map(str::to_owned);
+        let request_id = header(response.headers(), "dg-request-id");
+        let request_id = request_id.map(|id| self.hide(id).into_owned());
         Ok(Connected { socket, request_id })
     }
 
@@ -395,13 +403,20 @@ fn header<'a>(headers: &'a HeaderMap, name: &str) -> Option<&'a str> {
 }
 
 /// Everything the provider said about a refusal: it comes in headers, in the body, or both.
-fn refused(response: &tungstenite::http::Response<Option<Vec<u8>>>) -> Failure {
+fn refused(
+    response: &tungstenite::http::Response<Option<Vec<u8>>>,
+    hide: impl Fn(&str) -> String,
+) -> Failure {
     let headers = response.headers();
+    let said = |name| header(headers, name).map(&hide);
+    let (error, request_id) = (said("dg-error"), said("dg-request-id"));
+    let body = response.body().as_deref().unwrap_or_default();
+    let body = hide(&String::from_utf8_lossy(body));
     let answer = Answer {
-        error: header(headers, "dg-error"),
-        request_id: header(headers, "dg-request-id"),
+        error: error.as_deref(),
+        request_id: request_id.as_deref(),
         retry_after: retry_after(headers, SystemTime::now()),
-        body: response.body().as_deref().unwrap_or_default(),
+        body: body.as_bytes(),
     };
     Failure::refused(response.status().as_u16(), &answer)
 }

@@ -50,7 +50,16 @@ impl Limits {
 
 /// Cheap to clone; all clones are one gate.
 #[derive(Clone)]
-pub struct Gate(Arc<Inner>);
+pub struct Gate(Arc<Inner>, Asked);
+
+/// What the provider is asked for by those who come through here.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Asked {
+    /// What everybody asks for.
+    TheSame,
+    /// Something of their own: that it is refused says nothing of what others ask for.
+    TheirOwn,
+}
 
 struct Inner {
     state: Mutex<State>,
@@ -61,11 +70,17 @@ struct Inner {
 
 struct State {
     limits: Limits,
+    /// Why nobody is let in, whatever the provider says.
+    held_back: Option<Arc<Trouble>>,
     health: Health,
+    /// Why the provider lets nobody in.
+    refused: Option<Arc<Trouble>>,
     /// Streams that were let in and are not over.
     held: usize,
     /// Those of them whose handshake is under way.
     connecting: usize,
+    /// Those of them that have not proven good.
+    unproven: usize,
     /// When the provider has forgotten streams that ended unacknowledged.
     quarantined: Vec<Instant>,
     /// Who waits: by priority, then in the order of their coming.
@@ -76,7 +91,7 @@ struct State {
 
 enum Health {
     Well {
-        /// Failures since the last success.
+        /// Failures since a stream has last proven good.
         failures: u32,
     },
     /// Nobody is let in before `until`, and then one.
@@ -86,7 +101,7 @@ enum Health {
         /// But so many streams may be held, as the provider has shown by refusing one more.
         places: usize,
     },
-    /// So many at a time, doubled with each success.
+    /// So many at a time, doubled with each that proves good.
     Recovering { width: usize, tries: u32 },
 }
 
@@ -112,12 +127,15 @@ pub struct Standing {
 
 impl Gate {
     pub fn new(limits: Limits) -> Self {
-        Self(Arc::new(Inner {
+        let inner = Arc::new(Inner {
             state: Mutex::new(State {
                 limits,
+                held_back: None,
                 health: Health::default(),
+                refused: None,
                 held: 0,
                 connecting: 0,
+                unproven: 0,
                 quarantined: Vec::new(),
                 queue: BTreeSet::new(),
                 last_ticket: 0,
@@ -125,7 +143,13 @@ impl Gate {
             }),
             changed: Notify::new(),
             trouble: watch::Sender::new(None),
-        }))
+        });
+        Self(inner, Asked::TheSame)
+    }
+
+    /// The same gate, for those who ask the provider for something of their own.
+    pub fn for_own_settings(&self) -> Self {
+        Self(self.0.clone(), Asked::TheirOwn)
     }
 
     /// New limits, and perhaps another provider or key: what is known of the old one's health is
@@ -134,8 +158,37 @@ impl Gate {
         let mut state = self.state();
         state.limits = limits;
         state.health = Health::default();
+        state.refused = None;
+        self.tell(state);
+    }
+
+    /// Lets nobody in for this reason, or does so no longer.
+    pub fn hold(&self, trouble: Option<Trouble>) {
+        let mut state = self.state();
+        match (&state.held_back, &trouble) {
+            (None, None) => return,
+            // The same, in words that differ.
+            (Some(was), Some(is)) if was.is_same(is) => return,
+            (_, Some(trouble)) => trouble.log(),
+            (Some(was), None) => {
+                let cause = was.failure.cause.name();
+                tracing::info!(cause, "streams may be opened again");
+            }
+        }
+        state.held_back = trouble.map(Arc::new);
+        self.tell(state);
+    }
+
+    /// After a change: who waits looks again, and whoever is interested is told of the trouble.
+    fn tell(&self, state: MutexGuard<'_, State>) {
+        let trouble = state.held_back.as_ref().or(state.refused.as_ref()).cloned();
         drop(state);
-        self.0.trouble.send_replace(None);
+        let tell = |told: &mut Option<Arc<Trouble>>| {
+            let differs = *told != trouble;
+            *told = trouble;
+            differs
+        };
+        self.0.trouble.send_if_modified(tell);
         self.0.changed.notify_waiters();
     }
 
@@ -173,6 +226,17 @@ impl Gate {
         self.0.trouble.subscribe()
     }
 
+    /// Whether somebody waits for a place that a stream takes.
+    pub fn is_crowded(&self) -> bool {
+        let mut state = self.state();
+        if state.queue.is_empty() {
+            return false;
+        }
+        state.forget(now());
+        let taken = state.held + state.quarantined.len();
+        state.limit().is_some_and(|limit| taken >= limit)
+    }
+
     pub fn standing(&self) -> Standing {
         let mut state = self.state();
         state.forget(now());
@@ -188,6 +252,9 @@ impl Gate {
     /// Whether one more may be let in now; if not, when to look again unless something changes.
     fn may_enter(&self, state: &mut State, now: Instant) -> Result<(), Option<Instant>> {
         state.forget(now);
+        if state.held_back.is_some() {
+            return Err(None);
+        }
         let taken = state.held + state.quarantined.len();
         let forgotten = state.quarantined.iter().min().copied();
         if state.limits.streams.is_some_and(|limit| taken >= limit) {
@@ -200,7 +267,7 @@ impl Gate {
                 Err(Some(forgotten.map_or(until, |at| at.min(until))))
             }
             Health::Paused { .. } if state.connecting > 0 => Err(None),
-            Health::Recovering { width, .. } if state.connecting >= width => Err(None),
+            Health::Recovering { width, .. } if state.unproven >= width => Err(None),
             Health::Paused { .. } | Health::Recovering { .. } => Ok(()),
         }
     }
@@ -209,39 +276,42 @@ impl Gate {
     fn connected(&self) {
         let mut state = self.state();
         state.connecting -= 1;
-        let (width, tries) = match state.health {
-            Health::Well { .. } => {
-                state.health = Health::default();
-                return;
+        // In the place of another: that one more can be had is not shown, but may be tried now.
+        if let Health::Paused { places, tries, .. } = state.health
+            && state.held > places
+        {
+            state.health = Health::Recovering { width: 1, tries };
+        }
+        self.tell(state);
+    }
+
+    /// A stream has proven good: the provider does its work.
+    fn proven(&self) {
+        let mut state = self.state();
+        state.unproven -= 1;
+        state.health = match state.health {
+            Health::Paused { .. } => return,
+            Health::Recovering { width, tries } if state.queue.len() > width => {
+                let width = width.saturating_mul(2);
+                Health::Recovering { width, tries }
             }
-            // In the place of another: that one more can be had is not shown, but may be tried now.
-            Health::Paused { places, .. } if state.held <= places => {
-                drop(state);
-                return self.0.changed.notify_waiters();
-            }
-            Health::Paused { tries, .. } => (1, tries),
-            Health::Recovering { width, tries } => (width * 2, tries),
+            Health::Recovering { .. } | Health::Well { .. } => Health::default(),
         };
-        state.health = if state.queue.len() <= width {
-            Health::default()
-        } else {
-            Health::Recovering { width, tries }
-        };
-        drop(state);
-        if let Some(trouble) = self.0.trouble.send_replace(None) {
+        if let Some(trouble) = state.refused.take() {
             let cause = trouble.failure.cause.name();
             tracing::info!(cause, "the STT provider takes streams again");
         }
-        self.0.changed.notify_waiters();
+        self.tell(state);
     }
 
     /// Who was let in gives the place back, and what became of the stream may make others wait.
     /// Without an outcome there was none.
-    fn over(&self, was_connecting: bool, outcome: Option<&Outcome>) {
+    fn over(&self, was_connecting: bool, proven: bool, outcome: Option<&Outcome>) {
         let now = now();
         let mut state = self.state();
         state.held -= 1;
         state.connecting -= usize::from(was_connecting);
+        state.unproven -= usize::from(!proven);
         let failure = outcome.and_then(Outcome::failure);
         // What the provider closed itself it does not count any more.
         let closed = failure
@@ -257,23 +327,19 @@ impl Gate {
         let unanswered =
             matches!(outcome, Some(Outcome::TimedOut { phase }) if *phase != Phase::Connecting);
         let failure = failure.filter(|_| !unanswered);
-        let trouble = failure.and_then(|failure| self.failed(&mut state, now, failure));
-        drop(state);
-        if let Some(trouble) = trouble {
-            let wait = trouble.until.saturating_duration_since(now);
-            let (cause, advice) = (trouble.failure.cause.name(), trouble.failure.cause.advice());
-            let (what, retry_in_ms) = (trouble.what(), wait.as_millis() as u64);
-            tracing::error!(cause, advice, retry_in_ms, "{what}: {}", trouble.failure);
-            self.0.trouble.send_replace(Some(Arc::new(trouble)));
+        if let Some(trouble) = failure.and_then(|failure| self.failed(&mut state, now, failure)) {
+            trouble.log();
+            state.refused = Some(Arc::new(trouble));
         }
-        self.0.changed.notify_waiters();
+        self.tell(state);
     }
 
     /// Draws the conclusions of a failure: the trouble that everybody is now in, if so.
     fn failed(&self, state: &mut State, now: Instant, failure: Failure) -> Option<Trouble> {
         let Limits { first, most, .. } = state.limits;
         let retry = failure.cause.retry();
-        if retry == Retry::ThisStream {
+        let theirs = matches!(failure.cause, Cause::Permission | Cause::BadRequest);
+        if retry == Retry::ThisStream || (theirs && self.1 == Asked::TheirOwn) {
             return None;
         }
         let tries = match &mut state.health {
@@ -361,6 +427,7 @@ impl Waiting {
         state.queue.remove(&self.place);
         state.held += 1;
         state.connecting += 1;
+        state.unproven += 1;
         state.peak = state.peak.max(state.held);
         drop(state);
         // The next in the queue is the first now.
@@ -368,6 +435,7 @@ impl Waiting {
         Ok(Admission {
             gate: gate.clone(),
             connecting: true,
+            proven: false,
             outcome: None,
         })
     }
@@ -385,6 +453,7 @@ impl Drop for Waiting {
 pub struct Admission {
     gate: Gate,
     connecting: bool,
+    proven: bool,
     outcome: Option<Outcome>,
 }
 
@@ -396,15 +465,26 @@ impl Admission {
         }
     }
 
+    /// The provider has said something about the audio, or the stream has lasted for a while.
+    pub fn proven(&mut self) {
+        if !std::mem::replace(&mut self.proven, true) {
+            self.gate.proven();
+        }
+    }
+
     /// The stream is over.
     pub fn over(mut self, outcome: &Outcome) {
+        if *outcome == Outcome::Acknowledged {
+            self.proven();
+        }
         self.outcome = Some(outcome.clone());
     }
 }
 
 impl Drop for Admission {
     fn drop(&mut self) {
-        self.gate.over(self.connecting, self.outcome.as_ref());
+        let outcome = self.outcome.as_ref();
+        self.gate.over(self.connecting, self.proven, outcome);
     }
 }
 
@@ -458,6 +538,7 @@ mod tests {
                 let refuses = *self.refuses.lock().unwrap();
                 let Some(cause) = refuses else {
                     admission.connected();
+                    admission.proven();
                     let open = self.open.fetch_add(1, Ordering::SeqCst) + 1;
                     self.most.fetch_max(open, Ordering::SeqCst);
                     tokio::time::sleep(kept).await;
@@ -516,6 +597,32 @@ mod tests {
         }
     }
 
+    /// A provider that lets everybody in, and throws them out at once, is no better.
+    #[tokio::test(start_paused = true)]
+    async fn streams_that_do_not_last_are_no_success() {
+        let (gate, tries) = (gate(None), Arc::new(AtomicUsize::new(0)));
+        let mut sessions = JoinSet::new();
+        for _ in 0..50 {
+            let (gate, tries) = (gate.clone(), tries.clone());
+            sessions.spawn(async move {
+                loop {
+                    let mut admission = gate.admit(0).await;
+                    tries.fetch_add(1, Ordering::SeqCst);
+                    tokio::time::sleep(Duration::from_millis(20)).await;
+                    admission.connected();
+                    tokio::time::sleep(Duration::from_millis(100)).await;
+                    admission.over(&Outcome::peer_gone(Failure::closed(1011, "NET-0000")));
+                    tokio::time::sleep(FIRST).await;
+                }
+            });
+        }
+        tokio::time::sleep(Duration::from_secs(3600)).await;
+        // First everybody; then, every 15 to 30 s, one.
+        let tries = tries.load(Ordering::SeqCst);
+        assert!((50..=320).contains(&tries), "{tries} requests");
+        assert!(gate.trouble().borrow().is_some(), "it is told all the time");
+    }
+
     #[tokio::test(start_paused = true)]
     async fn what_concerns_one_stream_makes_nobody_wait() {
         let gate = gate(None);
@@ -534,9 +641,24 @@ mod tests {
             for _ in 0..FAILURES - 1 {
                 gate.admit(0).await.over(&refused(Cause::Reset));
             }
-            gate.admit(0).await.connected();
+            let mut admission = gate.admit(0).await;
+            admission.connected();
+            admission.proven();
         }
         assert_eq!(*gate.trouble().borrow(), None);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_some_ask_for_on_their_own_makes_nobody_else_wait_unless_it_is_the_key() {
+        let gate = gate(None);
+        let own = gate.for_own_settings();
+        for cause in [Cause::BadRequest, Cause::Permission] {
+            own.admit(0).await.over(&refused(cause));
+            assert_eq!(*gate.trouble().borrow(), None);
+        }
+        assert_eq!(gate.standing().held, 0, "it is the same gate");
+        own.admit(0).await.over(&refused(Cause::Authentication));
+        assert!(gate.trouble().borrow().is_some());
     }
 
     #[tokio::test(start_paused = true)]
@@ -655,7 +777,8 @@ mod tests {
             first: FIRST,
             most: MOST,
         });
-        waiting.await.unwrap().connected();
+        let mut admission = waiting.await.unwrap();
+        admission.connected();
         assert!(now() - start < Duration::from_secs(1));
         assert_eq!(*gate.trouble().borrow(), None);
     }

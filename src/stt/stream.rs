@@ -23,7 +23,7 @@ use tokio_tungstenite::{
 use super::{
     connect::{self, Connected, Dialled, Provider, Socket, Wire},
     gate::Admission,
-    machine::{Action, Limits, Machine, Report},
+    machine::{Action, Machine, Report},
 };
 use crate::{
     audio::{Page, seconds},
@@ -37,6 +37,8 @@ use crate::{
 /// More audio than can come while a stream is opened: 20 s in the shortest pages.
 const MAX_WAITING_PAGES: usize = 1024;
 const MAX_WAITING_REPORTS: usize = 256;
+/// A provider that has said nothing of the audio, but has kept the stream for so long, does its work.
+const GOOD_AFTER: Duration = Duration::from_secs(3);
 
 enum Command {
     Audio(Page),
@@ -145,13 +147,7 @@ async fn run(
 ) {
     let receipt = match connect(&provider, &permit, &mut inbox).await {
         Ok(connected) => {
-            let mut stream = Owned::new(
-                permit,
-                connected,
-                provider.limits(),
-                registry,
-                inbox.orphan_grace,
-            );
+            let mut stream = Owned::new(permit, connected, provider, registry, inbox.orphan_grace);
             drive(stream.live_mut(), &mut inbox, Some(&reporter)).await;
             stream.settle(inbox.reason())
         }
@@ -305,6 +301,7 @@ async fn next_command(commands: &mut Option<mpsc::Receiver<Command>>) -> Option<
 /// A stream with its socket.
 struct Live {
     permit: Permit,
+    provider: Arc<Provider>,
     socket: Socket,
     machine: Machine,
     totals: StreamTotals,
@@ -326,7 +323,7 @@ impl Owned {
     fn new(
         mut permit: Permit,
         connected: Connected,
-        limits: Limits,
+        provider: Arc<Provider>,
         registry: Registry,
         orphan_grace: Duration,
     ) -> Self {
@@ -341,7 +338,8 @@ impl Owned {
         let live = Live {
             permit,
             socket: connected.socket,
-            machine: Machine::new(now(), limits),
+            machine: Machine::new(now(), provider.limits()),
+            provider,
             totals,
             samples: 0,
             unflushed: false,
@@ -456,7 +454,12 @@ impl Live {
     fn on_command(&mut self, command: Command) {
         match command {
             Command::Audio(page) => self.machine.audio(now(), page),
-            Command::Alive => self.machine.owner_alive(now()),
+            Command::Alive => {
+                self.machine.owner_alive(now());
+                if self.permit.open_for() >= GOOD_AFTER {
+                    self.permit.proven();
+                }
+            }
         }
     }
 
@@ -467,10 +470,14 @@ impl Live {
         match event {
             Io::Flushed => self.machine.flushed(),
             Io::Text(text) => {
+                let text = self.provider.hide(&text);
                 self.machine.text(now(), &text);
                 self.learn_name();
             }
-            Io::CloseFrame(code, reason) => self.machine.close_frame(code, &reason),
+            Io::CloseFrame(code, reason) => {
+                let reason = self.provider.hide(&reason);
+                self.machine.close_frame(code, &reason);
+            }
             Io::Nothing => {}
             Io::Ended(failure) => self.machine.ended(failure),
         }
@@ -488,6 +495,9 @@ impl Live {
 
     fn report(&mut self, reporter: Option<&mpsc::Sender<Report>>) {
         while let Some(report) = self.machine.next_report() {
+            if matches!(report, Report::Result(_)) {
+                self.permit.proven();
+            }
             if let Some(reporter) = reporter
                 && let Err(mpsc::error::TrySendError::Full(_)) = reporter.try_send(report)
             {
@@ -687,8 +697,8 @@ mod tests {
             let dialled = self.provider.dial().await.expect("dialled");
             permit.connected(dialled.socket_id().expect("its number"));
             let connected = self.provider.upgrade(dialled).await.expect("upgraded");
-            let limits = self.provider.limits();
-            Owned::new(permit, connected, limits, self.registry.clone(), LIMIT)
+            let (provider, registry) = (self.provider.clone(), self.registry.clone());
+            Owned::new(permit, connected, provider, registry, LIMIT)
         }
     }
 

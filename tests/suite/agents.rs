@@ -7,6 +7,7 @@ use std::{path::Path, process::ExitStatus, process::Stdio};
 use livekit::{Room, RoomOptions};
 use livekit_protocol::DisconnectReason;
 use rehearsal::room::{self, Answer};
+use roomwarden::{daemon::Daemon, transcripts::Sinks};
 use serde_json::Value;
 use tokio::{
     io::{BufReader, Lines},
@@ -15,7 +16,8 @@ use tokio::{
 
 use crate::{
     clients::token,
-    stage::{LIMIT, Stage, lines, send},
+    stage::{LIMIT, Stage, lines, send, stop},
+    worker,
 };
 
 #[tokio::test(flavor = "multi_thread")]
@@ -114,8 +116,43 @@ async fn a_genuine_agent_takes_a_publishers_job_and_hears_that_publisher() {
     stage.end().await;
 }
 
+/// Ours beside it, on one server: who is asked for gets the job, and neither hears the other.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_genuine_agent_and_ours_take_their_own_jobs_in_one_room() {
+    let stage = worker::stage();
+    let genuine = Agent::start(&stage, "ROOM");
+    let mut config = worker::agent(&stage);
+    config.agent.name = Some("scribe".into());
+    let ours = Daemon::start(config, Sinks::default());
+    let registered = |w: &room::Witness| w.live_workers().count() == 2;
+    seen(&stage, "both register", registered).await;
+    let ann = stage.speaker("r", "ann").await;
+    worker::dispatch(&stage, "r", "scribe", "").await;
+    stage.streaming(2).await;
+    let witness = stage.rooms.witness();
+    let jobs: Vec<_> = witness.jobs_of("r").collect();
+    assert_eq!(jobs.len(), 2, "{jobs:#?}");
+    let worker = |job: &room::JobRecord| {
+        let worker = job.worker.as_ref().and_then(|id| witness.worker(id));
+        worker.expect("a worker took it").agent_name.clone()
+    };
+    assert!(
+        jobs.iter().all(|job| worker(job) == job.agent_name),
+        "{jobs:#?}"
+    );
+    ann.leave().await;
+    stage
+        .witnessed("both streams end", |w| w.open_now == 0)
+        .await;
+    let report = stop(&ours).await;
+    assert_eq!((report.opened, report.acknowledged), (1, 1), "{report:#?}");
+    let status = genuine.end().await;
+    assert!(status.success(), "{status}");
+    stage.end().await;
+}
+
 /// Waits until the room server says that the condition holds.
-async fn seen(
+pub async fn seen(
     stage: &Stage,
     what: &str,
     condition: impl FnMut(&room::Witness) -> bool,

@@ -267,7 +267,7 @@ async fn commands_work_beside_the_daemon_and_without_it_and_show_no_secret() {
 
     binary.signal("KILL");
     let (_, mut said) = binary.exit().await;
-    let binary = Binary::run(&stage, &[PRICE]);
+    let mut binary = Binary::run(&stage, &[PRICE]);
     binary.logged("an earlier run was killed").await;
     binary.signal("TERM");
     let (status, log) = binary.exit().await;

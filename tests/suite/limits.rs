@@ -7,7 +7,7 @@ use std::{
 };
 
 use futures_util::stream::unfold;
-use rehearsal::stt::{self, Reject};
+use rehearsal::stt::{self, CloseWith, ErrorWith, Faults, Reject};
 use roomwarden::{
     close::{CloseOrder, order},
     config::SttConfig,
@@ -25,10 +25,10 @@ use roomwarden::{
 use tokio::{
     sync::{mpsc, watch},
     task::JoinSet,
-    time::{Interval, interval, timeout},
+    time::{Interval, interval},
 };
 
-use crate::stage::{LIMIT, Stage, stop};
+use crate::stage::{Binary, LIMIT, Stage, stop};
 
 /// 20 ms of silence.
 const FRAME: [u8; 3] = [0xf8, 0xff, 0xfe];
@@ -45,6 +45,7 @@ async fn next_packet(
         payload: FRAME.into(),
         timestamp: n * 960,
         sequence: n.into(),
+        level: None,
         received_at: Instant::now(),
     };
     Some((packet, (ticks, n + 1, frames)))
@@ -58,20 +59,26 @@ fn track(number: usize, lasts: Duration) -> Track {
         sid: format!("TR_{number}"),
         packets: Box::new(move || Box::pin(packets())),
         muted: Box::new(|| false),
+        priority: Box::new(|| 0),
     }
 }
 
-/// Sessions of one process.
-struct Sessions {
+/// Sessions of one process, without a room: p0, p1 and so on, with a track each.
+pub struct Sessions {
     registry: Registry,
-    gate: Gate,
+    pub gate: Gate,
     orders: watch::Sender<Option<CloseOrder>>,
     tasks: JoinSet<()>,
     commands: Vec<mpsc::Sender<Command>>,
 }
 
 impl Sessions {
-    fn start(config: &SttConfig, count: usize, lasts: Duration) -> Self {
+    pub fn start(config: &SttConfig, count: usize, lasts: Duration) -> Self {
+        let tracks = (0..count).map(|number| track(number, lasts));
+        Self::of(config, Sinks::default(), tracks)
+    }
+
+    pub fn of(config: &SttConfig, sinks: Sinks, tracks: impl Iterator<Item = Track>) -> Self {
         let registry = Registry::new(Ledger::default());
         let gate = Gate::new(Limits::new(config));
         let stt = Stt::new(Provider::new(config), Settings::new(config), gate.clone());
@@ -79,20 +86,22 @@ impl Sessions {
             room: "none".to_owned(),
             registry: registry.clone(),
             stt: watch::channel(Arc::new(stt)).1,
-            sinks: Sinks::default(),
+            sinks,
             to_room: None,
         });
         let (orders, _) = watch::channel(None);
         let (mut tasks, mut all) = (JoinSet::new(), Vec::new());
-        for number in 0..count {
+        for (number, track) in tracks.enumerate() {
             let (commands, received) = mpsc::channel(4);
-            let add = commands.try_send(Command::Add(track(number, lasts)));
+            let add = commands.try_send(Command::Add(track));
             assert!(add.is_ok());
             all.push(commands);
             let name = format!("p{number}");
+            let card = registry.board().room("none").session(&name, &name);
             tasks.spawn(session::run(
                 context.clone(),
                 name,
+                card,
                 received,
                 orders.subscribe(),
             ));
@@ -106,7 +115,7 @@ impl Sessions {
         }
     }
 
-    async fn close(mut self) {
+    pub async fn close(mut self) {
         let reason = CloseReason::Shutdown("test".to_owned());
         let deadline = Instant::now() + LIMIT;
         order(&self.orders, &CloseOrder { reason, deadline });
@@ -120,50 +129,11 @@ impl Sessions {
     }
 }
 
-fn quickly(stage: &Stage) -> SttConfig {
+pub fn quickly(stage: &Stage) -> SttConfig {
     let mut config = stage.config().stt;
     config.retry_first_ms = 100;
     config.retry_most_ms = 1000;
     config
-}
-
-/// Fifty participants, from the beginning of the trouble to its end. How many requests it cost is
-/// the provider's count.
-#[tokio::test(flavor = "multi_thread")]
-async fn fifty_are_served_when_the_provider_has_recovered() {
-    const PEOPLE: usize = 50;
-    let busy = Reject::status(429).message("Rate limit exceeded.");
-    let faults = [
-        Reject::status(503),
-        busy.retry_after(Duration::from_secs(2)),
-        Reject::status(429),
-    ];
-    for reject in faults {
-        let stage = Stage::new().await;
-        let status = reject.status;
-        stage.stt.set_faults(stt::Faults {
-            reject_with: Some(reject.clone()),
-            ..Default::default()
-        });
-        let sessions = Sessions::start(&quickly(&stage), PEOPLE, LIMIT * 10);
-        let mut troubles = sessions.gate.trouble();
-        let trouble = timeout(LIMIT, troubles.wait_for(Option::is_some)).await;
-        let trouble = trouble.expect("trouble in time").expect("a gate").clone();
-        assert_eq!(trouble.expect("trouble").failure.status, Some(status));
-        tokio::time::sleep(Duration::from_secs(4)).await;
-        // One each, and from then on one at a time, half a second to a second apart; before the
-        // pause was known, some had a second try.
-        let rejections = stage.stt.witness().rejections();
-        assert!(rejections <= 2 * PEOPLE as u64, "{reject:?}: {rejections}");
-
-        stage.stt.set_faults(stt::Faults::default());
-        let witness = stage.open(PEOPLE).await;
-        assert_eq!(witness.opened, PEOPLE as u64);
-        assert!(sessions.gate.trouble().borrow().is_none());
-        sessions.close().await;
-        stage.all_acknowledged(PEOPLE).await;
-        stage.end().await;
-    }
 }
 
 /// The provider never sees more than it allows, and everybody who waited had a stream.
@@ -199,6 +169,52 @@ async fn twenty_share_five_streams() {
     }
 }
 
+/// A provider that quotes the key, in the answer to a handshake, in an error, and when it closes.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_key_that_the_provider_quotes_is_not_repeated() {
+    let stage = Stage::new().await;
+    let key = stage.stt.api_key();
+    let quoted = |what: &str| format!("{what}: {}{key} is wrong", "x".repeat(290 - key.len() / 2));
+    let refused = Faults {
+        reject_with: Some(Reject::status(503).message(quoted("refused"))),
+        handshakes: Some(1),
+        ..Default::default()
+    };
+    let closed = Faults {
+        error: Some(ErrorWith {
+            description: quoted("error"),
+            ..Default::default()
+        }),
+        close_with: Some(CloseWith {
+            code: 1011,
+            reason: format!("closed: {key}"),
+            after: Duration::from_millis(100),
+        }),
+        ..Default::default()
+    };
+    stage.stt.set_faults(refused);
+    let quickly = ("ROOMWARDEN__STT__RETRY_MOST_MS", "200");
+    let mut binary = Binary::run(&stage, &[quickly, ("RUST_LOG", "trace")]);
+    let alice = stage.speaker("r", "alice").await;
+    binary.logged("refused: xxx").await;
+    stage.stt.set_faults(closed);
+    binary.logged("error: xxx").await;
+    binary.logged("closed: ***").await;
+    stage.stt.set_faults(Faults::default());
+    stage.streaming(1).await;
+    binary.signal("TERM");
+    let (_, mut said) = binary.exit().await;
+    for file in std::fs::read_dir(stage.state.path()).expect("readable") {
+        let bytes = std::fs::read(file.expect("entry").path()).expect("readable");
+        said.push_str(&String::from_utf8_lossy(&bytes));
+    }
+    // Nor a part of it that a bound has left.
+    let part = &key[..key.len() / 2];
+    assert!(!said.contains(part), "{said}");
+    alice.leave().await;
+    stage.end().await;
+}
+
 /// What the room is told of the daemon's participant.
 async fn told(stage: &Stage) -> [String; 2] {
     let participants = stage.api().list_participants("r").await.expect("a list");
@@ -221,7 +237,7 @@ async fn until_told(stage: &Stage, what: [&str; 2]) {
 #[tokio::test(flavor = "multi_thread")]
 async fn the_room_is_told_that_the_quota_is_used_up_and_when_it_is_over() {
     let stage = Stage::new().await;
-    stage.stt.set_faults(stt::Faults {
+    stage.stt.set_faults(Faults {
         reject_with: Some(Reject::status(402)),
         ..Default::default()
     });
@@ -232,7 +248,7 @@ async fn the_room_is_told_that_the_quota_is_used_up_and_when_it_is_over() {
     until_told(&stage, ["paused", paused]).await;
     // One each at most, and one for all after a pause.
     assert!(stage.stt.witness().rejected[&402] <= 4);
-    stage.stt.set_faults(stt::Faults::default());
+    stage.stt.set_faults(Faults::default());
     stage.streaming(2).await;
     until_told(&stage, ["", ""]).await;
     alice.leave().await;

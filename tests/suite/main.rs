@@ -10,8 +10,10 @@ mod check;
 mod clients;
 mod close;
 mod command_line;
+mod control;
 mod cycles;
 mod dev;
+mod force_close;
 #[cfg(target_os = "linux")]
 mod frozen;
 mod killed;
@@ -20,7 +22,9 @@ mod limits;
 mod lost;
 mod matrix;
 #[cfg(target_os = "linux")]
+mod parking;
 mod pid1;
+mod recovery;
 mod refused;
 mod rehearsal;
 mod reload;
@@ -33,3 +37,5 @@ mod streams;
 mod to_room;
 mod tone;
 mod vanish;
+mod webhooks;
+mod worker;

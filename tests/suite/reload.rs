@@ -94,6 +94,41 @@ async fn streams_opened_after_a_reload_follow_it_and_open_ones_stay() {
     stage.end().await;
 }
 
+/// A budget that is used up lets nobody in, open streams go on, and a raised one lets them in; what
+/// was used is known after a restart as well.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_used_up_budget_opens_no_streams_until_it_is_raised() {
+    let stage = Stage::new().await;
+    // A second costs 10.
+    let price = ("ROOMWARDEN__LEDGER__PRICES__NOVA-3", "600");
+    let small = "[budget]\nday_cost = '20'\n";
+    let mut daemon = Configured::run(&stage, small, &[price]);
+    let alice = stage.speaker("r", "alice").await;
+    stage.streaming(1).await;
+    let used_up = "who is not yet transcribed has to wait";
+    daemon.binary.logged(used_up).await;
+    let bob = stage.speaker("r", "bob").await;
+    let heard = stage.stt.witness().streams[0].audio_seconds;
+    let goes_on = |w: &stt::Witness| w.streams[0].audio_seconds > heard + 3.0;
+    let witness = stage.witnessed("alice goes on", goes_on).await;
+    assert_eq!((witness.opened, witness.open_now), (1, 1));
+    daemon.reload("[budget]\nday_cost = '1000000'\n").await;
+    stage.streaming(2).await;
+    let log = daemon.end().await;
+    assert!(log.contains("streams may be opened again"), "{log}");
+    assert!(log.contains("20 USD of this day (UTC) are used"), "{log}");
+    stage.all_acknowledged(2).await;
+
+    let mut daemon = Configured::run(&stage, small, &[price]);
+    daemon.binary.logged(used_up).await;
+    daemon.binary.logged("joined").await;
+    daemon.end().await;
+    stage.all_acknowledged(2).await;
+    alice.leave().await;
+    bob.leave().await;
+    stage.end().await;
+}
+
 /// A key that was renewed, in its file.
 #[tokio::test(flavor = "multi_thread")]
 async fn secrets_are_read_from_their_files_again() {

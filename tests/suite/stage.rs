@@ -69,6 +69,8 @@ impl Stage {
             ),
             // Tests look for words in the log.
             ("ROOMWARDEN__LOG__FORMAT", "text".to_owned()),
+            // Many run at once.
+            ("ROOMWARDEN__CONTROL__LISTEN", "off".to_owned()),
         ]
         .map(|(name, value)| (name.to_owned(), value))
         .into()

@@ -74,8 +74,15 @@ async fn no_word_is_lost_or_doubled(
 
     let (heard, expected) = (kept.finals(), reference.finals());
     let lengths = |finals: &[Transcript]| finals.iter().map(phrase_seconds).collect::<Vec<_>>();
-    let (lengths, expected) = (lengths(&heard), lengths(&expected));
+    let (mut lengths, mut expected) = (lengths(&heard), lengths(&expected));
     assert!(expected.len() >= 3, "{expected:?}");
+    // On a busy machine one of them comes when alice has begun to speak already.
+    let came_late = |finals: &[Transcript]| finals[0].text.starts_with("speech 0.00-");
+    if expected.len() == lengths.len() + 1 && came_late(&heard) {
+        expected.remove(0);
+    } else if lengths.len() == expected.len() + 1 && came_late(&reference.finals()) {
+        lengths.remove(0);
+    }
     // A phrase that begins with a stream, or a packet that a busy machine lost, differs a little.
     let same = lengths.len() == expected.len()
         && lengths

@@ -1,0 +1,366 @@
+//! `roomwarden force-close`: ends rooms for everybody, whoever is in them, and proves it. Our own
+//! participants go first, so that their streams are closed on the usual path while others still are
+//! being removed; then everybody else, then the room; then the server is asked until it has the room
+//! no more. What is gone already is as good as done, so that it may be run again at any time.
+
+use std::{
+    collections::BTreeSet,
+    fmt::Write as _,
+    io::{self, Write},
+    time::{Duration, Instant},
+};
+
+use clap::Args;
+use futures_util::{StreamExt, stream};
+use livekit_protocol::{ParticipantInfo, participant_info::State};
+use serde::Serialize;
+use wildmatch::WildMatch;
+
+use crate::{
+    cli::{ConfigArgs, EXIT_ABANDONED, EXIT_OK},
+    config::LogFormat,
+    dispatch::{api, unreachable},
+    domain::backoff,
+    room::api::{ApiError, DAEMON_ATTRIBUTE, ListedRoom, RoomApi},
+    usage::{self, Failed},
+};
+
+/// Rooms at a time, and requests at a time for one.
+const ROOMS_AT_ONCE: usize = 16;
+const REQUESTS_AT_ONCE: usize = 8;
+/// How often the server is asked whether the room is gone.
+const LOOK_EVERY: Duration = Duration::from_millis(100);
+const RETRY_FIRST: Duration = Duration::from_millis(200);
+const RETRY_MOST: Duration = Duration::from_secs(2);
+/// A room that is made anew, as by a client that comes back by itself, is closed again so often.
+const MOST_TIMES: usize = 3;
+
+#[derive(Args)]
+pub(crate) struct ForceCloseArgs {
+    /// Names of rooms
+    #[arg(required_unless_present = "pattern", value_name = "ROOM")]
+    rooms: Vec<String>,
+    /// All rooms whose name fits: * is any text, ? any character
+    #[arg(long, value_name = "PATTERN")]
+    pattern: Vec<String>,
+    /// Only say which rooms would be closed, and who is in them
+    #[arg(long)]
+    dry_run: bool,
+    /// By when everything is over, in seconds
+    #[arg(long, value_name = "SECONDS", default_value_t = 30, value_parser = clap::value_parser!(u64).range(1..=3600))]
+    deadline: u64,
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    config: ConfigArgs,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+enum Outcome {
+    /// The server does not have it any more.
+    Closed,
+    /// There was no such room.
+    NotThere,
+    WouldClose,
+    /// It was closed, and somebody makes it anew each time.
+    MadeAnew,
+    NotClosed,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+enum StepKind {
+    RemoveOurs,
+    Remove,
+    Delete,
+    Verify,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+enum StepResult {
+    Done,
+    /// Somebody else has done it.
+    AlreadyGone,
+    Failed(String),
+}
+
+/// One step, and when it was over.
+#[derive(Debug, Serialize)]
+struct Step {
+    step: StepKind,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    participant: Option<String>,
+    sid: String,
+    result: StepResult,
+    /// Since the start of the command.
+    at_ms: u64,
+}
+
+#[derive(Debug, Serialize)]
+struct RoomReceipt {
+    room: String,
+    outcome: Outcome,
+    /// Who was in it, ours among them.
+    participants: Vec<String>,
+    ours: Vec<String>,
+    steps: Vec<Step>,
+}
+
+#[derive(Serialize)]
+struct Receipt {
+    exit_code: u8,
+    dry_run: bool,
+    seconds: f64,
+    rooms: Vec<RoomReceipt>,
+}
+
+/// The exit code: 0 only if the server has none of the rooms any more.
+pub(crate) async fn force_close(args: ForceCloseArgs, format: Option<LogFormat>) -> u8 {
+    usage::done(run(args, format).await)
+}
+
+async fn run(args: ForceCloseArgs, format: Option<LogFormat>) -> Result<u8, Failed> {
+    let config = usage::load(&args.config, format)?;
+    let api = api(&config)?;
+    let begun = Instant::now();
+    let closer = Closer {
+        api: &api,
+        begun,
+        until: begun + Duration::from_secs(args.deadline),
+        dry_run: args.dry_run,
+    };
+    let mut names: BTreeSet<String> = args.rooms.iter().cloned().collect();
+    let patterns: Vec<_> = args
+        .pattern
+        .iter()
+        .map(|pattern| WildMatch::new(pattern))
+        .collect();
+    if !patterns.is_empty() {
+        let listed = closer
+            .persist(|| api.list_rooms(&[]))
+            .await
+            .map_err(unreachable)?;
+        let fits = |name: &String| patterns.iter().any(|pattern| pattern.matches(name));
+        names.extend(listed.into_iter().map(|room| room.name).filter(fits));
+    }
+    let rooms = stream::iter(names).map(|name| closer.close(name));
+    let mut rooms: Vec<_> = rooms.buffer_unordered(ROOMS_AT_ONCE).collect().await;
+    rooms.sort_by(|a, b| a.room.cmp(&b.room));
+    let open = |room: &&RoomReceipt| matches!(room.outcome, Outcome::MadeAnew | Outcome::NotClosed);
+    let exit_code = match rooms.iter().any(|room| open(&room)) {
+        true => EXIT_ABANDONED,
+        false => EXIT_OK,
+    };
+    let receipt = Receipt {
+        exit_code,
+        dry_run: args.dry_run,
+        seconds: begun.elapsed().as_secs_f64(),
+        rooms,
+    };
+    let mut out = io::stdout().lock();
+    if args.json {
+        let json = serde_json::to_string(&receipt).map_err(usage::failed)?;
+        writeln!(out, "{json}")?;
+        return Ok(exit_code);
+    }
+    if receipt.rooms.is_empty() {
+        writeln!(out, "no room fits")?;
+    }
+    for room in &receipt.rooms {
+        writeln!(out, "{}", room.line())?;
+    }
+    Ok(exit_code)
+}
+
+impl RoomReceipt {
+    fn line(&self) -> String {
+        let people = self.participants.len() - self.ours.len();
+        let ours = self.ours.len();
+        let who = format!("{ours} of ours, {people} others");
+        let mut line = match self.outcome {
+            Outcome::Closed => format!("closed, and gone from the server's list ({who})"),
+            Outcome::NotThere => "there is no such room".to_owned(),
+            Outcome::WouldClose => format!("would be closed ({who})"),
+            Outcome::MadeAnew => format!(
+                "NOT CLOSED: closed, and made anew each time; keep away who comes back by itself, or \
+                 take it out of rooms.join ({who})"
+            ),
+            Outcome::NotClosed => format!("NOT CLOSED ({who})"),
+        };
+        for step in &self.steps {
+            if let StepResult::Failed(said) = &step.result {
+                let whom = step.participant.as_deref().unwrap_or(&step.sid);
+                // Writing to a text does not fail.
+                let _ = write!(line, "; {:?} {whom}: {said}", step.step);
+            }
+        }
+        let line = line.replace(char::is_control, "\u{fffd}");
+        format!(
+            "{}: {line}",
+            self.room.replace(char::is_control, "\u{fffd}")
+        )
+    }
+}
+
+struct Closer<'a> {
+    api: &'a RoomApi,
+    begun: Instant,
+    until: Instant,
+    dry_run: bool,
+}
+
+impl Closer<'_> {
+    async fn close(&self, room: String) -> RoomReceipt {
+        let mut receipt = RoomReceipt {
+            room,
+            outcome: Outcome::NotThere,
+            participants: Vec::new(),
+            ours: Vec::new(),
+            steps: Vec::new(),
+        };
+        for _ in 0..MOST_TIMES {
+            let listed = match self.listed(&receipt.room).await {
+                Ok(Some(listed)) => listed,
+                // Closed just now, or never there.
+                Ok(None) => return receipt,
+                Err(error) => {
+                    let said = Err(error);
+                    self.note(&mut receipt, StepKind::Verify, None, "", said);
+                    receipt.outcome = Outcome::NotClosed;
+                    return receipt;
+                }
+            };
+            receipt.outcome = self.close_once(&listed, &mut receipt).await;
+            if receipt.outcome != Outcome::Closed {
+                return receipt;
+            }
+        }
+        if !matches!(self.listed(&receipt.room).await, Ok(None)) {
+            receipt.outcome = Outcome::MadeAnew;
+        }
+        receipt
+    }
+
+    async fn close_once(&self, room: &ListedRoom, receipt: &mut RoomReceipt) -> Outcome {
+        let ListedRoom { name, sid } = room;
+        let listed = self.persist(|| self.api.list_participants(name)).await;
+        // Without a list the room can be deleted all the same.
+        let there = match listed {
+            Ok(participants) => participants,
+            Err(error) => {
+                self.note(receipt, StepKind::Remove, None, sid, Err(error));
+                Vec::new()
+            }
+        };
+        let there = there
+            .into_iter()
+            .filter(|p| p.state() != State::Disconnected);
+        let ours = |p: &ParticipantInfo| p.attributes.contains_key(DAEMON_ATTRIBUTE);
+        let (ours, others): (Vec<_>, Vec<_>) = there.partition(ours);
+        receipt
+            .participants
+            .extend(ours.iter().chain(&others).map(|p| p.identity.clone()));
+        receipt.ours.extend(ours.iter().map(|p| p.identity.clone()));
+        if self.dry_run {
+            return Outcome::WouldClose;
+        }
+        for (step, participants) in [(StepKind::RemoveOurs, ours), (StepKind::Remove, others)] {
+            let removals = stream::iter(participants).map(|p| async move {
+                let identity = p.identity.as_str();
+                let removed = self
+                    .persist(|| self.api.remove_participant(name, identity))
+                    .await;
+                (p.identity, removed)
+            });
+            let mut removals = removals.buffer_unordered(REQUESTS_AT_ONCE);
+            while let Some((identity, removed)) = removals.next().await {
+                self.note(receipt, step, Some(identity), sid, removed);
+            }
+        }
+        let deleted = self.persist(|| self.api.delete_room(name)).await;
+        self.note(receipt, StepKind::Delete, None, sid, deleted);
+        loop {
+            match self.listed(name).await {
+                Ok(listed) if listed.as_ref().is_none_or(|room| room.sid != *sid) => {
+                    self.note(receipt, StepKind::Verify, None, sid, Ok(true));
+                    return Outcome::Closed;
+                }
+                Ok(_) if Instant::now() >= self.until => {
+                    let said = "the server still has it at the deadline".to_owned();
+                    let result = StepResult::Failed(said);
+                    self.add(receipt, StepKind::Verify, None, sid, result);
+                    return Outcome::NotClosed;
+                }
+                Ok(_) => tokio::time::sleep(LOOK_EVERY).await,
+                Err(error) => {
+                    self.note(receipt, StepKind::Verify, None, sid, Err(error));
+                    return Outcome::NotClosed;
+                }
+            }
+        }
+    }
+
+    async fn listed(&self, room: &str) -> Result<Option<ListedRoom>, ApiError> {
+        let names = [room.to_owned()];
+        let listed = self.persist(|| self.api.list_rooms(&names)).await?;
+        Ok(listed.into_iter().find(|listed| listed.name == room))
+    }
+
+    /// Asks until there is an answer, or the deadline is there. A refusal of the keys is an answer.
+    async fn persist<T, F: Future<Output = Result<T, ApiError>>>(
+        &self,
+        ask: impl Fn() -> F,
+    ) -> Result<T, ApiError> {
+        let mut failures = 0;
+        loop {
+            let error = match tokio::time::timeout_at(self.until.into(), ask()).await {
+                Ok(Ok(answer)) => return Ok(answer),
+                Ok(Err(error @ ApiError::Credentials { .. })) => return Err(error),
+                Ok(Err(error)) => error,
+                Err(_) => return Err(self.api.too_late()),
+            };
+            let pause = backoff(failures, RETRY_FIRST, RETRY_MOST, fastrand::f64());
+            failures += 1;
+            if Instant::now() + pause >= self.until {
+                return Err(error);
+            }
+            tokio::time::sleep(pause).await;
+        }
+    }
+
+    fn note(
+        &self,
+        receipt: &mut RoomReceipt,
+        step: StepKind,
+        participant: Option<String>,
+        sid: &str,
+        result: Result<bool, ApiError>,
+    ) {
+        let result = match result {
+            Ok(true) => StepResult::Done,
+            Ok(false) => StepResult::AlreadyGone,
+            Err(error) => StepResult::Failed(error.to_string()),
+        };
+        self.add(receipt, step, participant, sid, result);
+    }
+
+    fn add(
+        &self,
+        receipt: &mut RoomReceipt,
+        step: StepKind,
+        participant: Option<String>,
+        sid: &str,
+        result: StepResult,
+    ) {
+        receipt.steps.push(Step {
+            step,
+            participant,
+            sid: sid.to_owned(),
+            result,
+            at_ms: self.begun.elapsed().as_millis() as u64,
+        });
+    }
+}
