@@ -907,7 +907,8 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn pages_end_at_multiples_of_their_length_since_the_given_moment() {
         let ms = Duration::from_millis;
-        for since in [now() - ms(117), now(), now() + ms(5)] {
+        for (past, future) in [(117, 0), (0, 0), (0, 5)] {
+            let since = now() - ms(past) + ms(future);
             let (connect, _connections) = mpsc::unbounded_channel();
             let config = Config::for_tests().stt;
             let provider = Provider::in_memory(&config, InMemory(connect));

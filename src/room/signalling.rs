@@ -196,20 +196,20 @@ mod tests {
         server.send(frame).await.expect("sent");
         let received = client.recv().await.expect("no failure");
         assert_eq!(received, Some(vec![1]));
-        let rest = tokio::spawn(async move {
+        let reading = async {
             let end = client.recv().await;
             client.close().await;
             end
-        });
-        let pong = timeout(LIMIT, server.next()).await.expect("in time");
-        assert!(matches!(pong, Some(Ok(Message::Pong(data))) if data[..] == *b"ping"));
-        server.close(None).await.expect("closing");
-        while timeout(LIMIT, server.next())
-            .await
-            .expect("in time")
-            .is_some()
-        {}
-        assert!(matches!(rest.await.expect("no panic"), Ok(None)));
+        };
+        let closing = async {
+            let pong = server.next().await;
+            assert!(matches!(pong, Some(Ok(Message::Pong(data))) if data[..] == *b"ping"));
+            server.close(None).await.expect("closing");
+            while server.next().await.is_some() {}
+        };
+        let both = async { tokio::join!(reading, closing) };
+        let (end, ()) = timeout(LIMIT, both).await.expect("in time");
+        assert!(matches!(end, Ok(None)));
     }
 
     #[tokio::test]

@@ -7,18 +7,19 @@ use std::{
     pin::Pin,
     sync::Arc,
     task::{Context, Poll},
-    time::{Duration, Instant},
+    time::Instant,
 };
 
 use tokio_stream::Stream;
 
-use crate::{audio_track::RtcAudioTrack, engine, queue::Queue};
+use crate::{audio_track::RtcAudioTrack, queue::Queue};
 
 /// When packets are read from the network, where they flow: every so often since that instant, for
 /// all tracks of the process. Who looks for packets at moments of its own finds the latest ones
 /// shortly after these.
-pub fn beats() -> (Instant, Duration) {
-    engine::beats()
+#[cfg(feature = "encoded-audio")]
+pub fn beats() -> (Instant, std::time::Duration) {
+    crate::engine::beats()
 }
 
 /// One Opus packet with what its RTP header said.
