@@ -134,7 +134,6 @@ impl WsConnection for Connection {
 }
 
 #[cfg(test)]
-#[allow(clippy::disallowed_methods, reason = "the bans are about the daemon")]
 mod tests {
     use tokio::net::TcpListener;
     use tokio_tungstenite::{accept_async, tungstenite::Bytes};
