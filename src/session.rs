@@ -768,21 +768,21 @@ impl Transcriber {
         {
             self.failures = 0;
         }
-        let Settings {
-            retry_first,
-            retry_most,
-            ..
-        } = self.context.stt().settings;
-        let failure = outcome.and_then(Outcome::failure);
-        match failure.map(|failure| failure.cause.retry()) {
-            // The gate says when.
-            Some(Retry::Probe { .. } | Retry::Slot) => self.want_stream(),
-            Some(Retry::Later | Retry::ThisStream) | None => {
-                let delay = backoff(self.failures, retry_first, retry_most, fastrand::f64());
-                self.failures += 1;
-                self.retry_at = Some(now() + delay);
+        let stt = self.context.stt();
+        let cause = outcome.and_then(Outcome::failure).map(|f| f.cause);
+        let (first, most) = match cause.map(|cause| (cause, cause.retry())) {
+            Some((cause, Retry::Probe { first, most })) if stt.gate.leaves_alone(cause) => {
+                (first, most)
             }
-        }
+            // The gate says when.
+            Some((_, Retry::Probe { .. } | Retry::Slot)) => return self.want_stream(),
+            Some((_, Retry::Later | Retry::ThisStream)) | None => {
+                (stt.settings.retry_first, stt.settings.retry_most)
+            }
+        };
+        let delay = backoff(self.failures, first, most, fastrand::f64());
+        self.failures += 1;
+        self.retry_at = Some(now() + delay);
     }
 
     /// The close path of a track: its stream has what is buffered, is acknowledged, delivers what

@@ -152,6 +152,12 @@ impl Gate {
         Self(self.0.clone(), Asked::TheirOwn)
     }
 
+    /// Whether a failure of this cause makes nobody wait here, so that who has it is to wait by itself.
+    pub fn leaves_alone(&self, cause: Cause) -> bool {
+        let theirs = matches!(cause, Cause::Permission | Cause::BadRequest);
+        theirs && self.1 == Asked::TheirOwn
+    }
+
     /// New limits, and perhaps another provider or key: what is known of the old one's health is
     /// forgotten.
     pub fn renew(&self, limits: Limits) {
@@ -338,8 +344,7 @@ impl Gate {
     fn failed(&self, state: &mut State, now: Instant, failure: Failure) -> Option<Trouble> {
         let Limits { first, most, .. } = state.limits;
         let retry = failure.cause.retry();
-        let theirs = matches!(failure.cause, Cause::Permission | Cause::BadRequest);
-        if retry == Retry::ThisStream || (theirs && self.1 == Asked::TheirOwn) {
+        if retry == Retry::ThisStream || self.leaves_alone(failure.cause) {
             return None;
         }
         let tries = match &mut state.health {

@@ -79,8 +79,23 @@ impl Sessions {
     }
 
     pub fn of(config: &SttConfig, sinks: Sinks, tracks: impl Iterator<Item = Track>) -> Self {
+        Self::behind(Gate::new(Limits::new(config)), config, sinks, tracks)
+    }
+
+    /// Of a room that asks for something of its own.
+    pub fn with_own_settings(config: &SttConfig, count: usize, lasts: Duration) -> Self {
+        let gate = Gate::new(Limits::new(config)).for_own_settings();
+        let tracks = (0..count).map(|number| track(number, lasts));
+        Self::behind(gate, config, Sinks::default(), tracks)
+    }
+
+    fn behind(
+        gate: Gate,
+        config: &SttConfig,
+        sinks: Sinks,
+        tracks: impl Iterator<Item = Track>,
+    ) -> Self {
         let registry = Registry::new(Ledger::default());
-        let gate = Gate::new(Limits::new(config));
         let stt = Stt::new(Provider::new(config), Settings::new(config), gate.clone());
         let context = Arc::new(Context {
             room: "none".to_owned(),

@@ -84,6 +84,25 @@ async fn what_only_a_change_can_cure_is_not_tried_again() {
     }
 }
 
+/// Nor when one room alone asks for what is refused, and so nobody else is to wait.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_room_asks_for_on_its_own_is_not_tried_again_at_once() {
+    let stage = Stage::new().await;
+    stage.stt.set_faults(Faults {
+        reject_with: Some(Reject::status(400)),
+        ..Default::default()
+    });
+    let sessions = Sessions::with_own_settings(&quickly(&stage), PEOPLE, LIMIT * 10);
+    let all = |w: &stt::Witness| w.rejections() >= PEOPLE as u64;
+    stage.witnessed("everybody is refused", all).await;
+    tokio::time::sleep(WHILE).await;
+    assert_eq!(stage.stt.witness().rejections(), PEOPLE as u64);
+    assert!(sessions.gate.trouble().borrow().is_none());
+    sessions.close().await;
+    stage.all_acknowledged(0).await;
+    stage.end().await;
+}
+
 /// One try for all, after a quarter of a minute at most.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_used_up_quota_is_tried_once_now_and_then() {
