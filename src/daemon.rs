@@ -59,6 +59,11 @@ const GOOD_CONNECTION: Duration = Duration::from_secs(60);
 const FIRST_LOOK: Duration = Duration::from_secs(2);
 /// Somebody else came under the same identity, as LiveKit spells it.
 const DUPLICATE: &str = "duplicate_identity";
+/// As LiveKit spells it.
+const REMOVED: &str = "participant_removed";
+/// LiveKit removes the participant of a job whose dispatch was deleted if it has not left within
+/// 3 s.
+const REMOVAL: Duration = Duration::from_secs(10);
 /// Hints make the server be asked at once, but not more often than this.
 const HINT_PAUSE: Duration = Duration::from_millis(200);
 /// Participants who are missing, of whom the root has not heard yet.
@@ -473,8 +478,22 @@ struct Running {
     look: Arc<Notify>,
     /// Jobs that are to be told when it is over, since nothing more is done for them.
     ending: Vec<String>,
+    /// When a job ended last that the room was not closed for.
+    outlived: Option<Instant>,
     requests: mpsc::Sender<Request>,
     exceptions: Exceptions,
+}
+
+impl Running {
+    /// The server removes whom it knows a job's participant as, when that job's dispatch is deleted,
+    /// even if the room is wanted for other reasons. Nobody has put us out then.
+    fn how_it_ended(&self, how: RoomEnd) -> RoomEnd {
+        let expected = || self.outlived.is_some_and(|at| at.elapsed() < REMOVAL);
+        match how {
+            RoomEnd::PutOut(why) if why == REMOVED && expected() => RoomEnd::Stale,
+            how => how,
+        }
+    }
 }
 
 /// What became of a room when we were in it last, or wanted to be.
@@ -784,6 +803,7 @@ impl Root {
             house,
             look,
             ending: Vec::new(),
+            outlived: None,
             requests,
             exceptions,
         };
@@ -801,7 +821,7 @@ impl Root {
         };
         let running = self.running.remove(&id)?;
         let (how, sid, tried) = match ended {
-            Ok(Ended { how, sid, tried }) => (how, sid, tried),
+            Ok(Ended { how, sid, tried }) => (running.how_it_ended(how), sid, tried),
             Err(error) => {
                 let how = RoomEnd::Failed(format!("a defect: {error}"));
                 (how, None, HashSet::new())

@@ -186,7 +186,8 @@ impl Root {
                 let deadline = Instant::now() + grace;
                 order(&running.orders, &CloseOrder { reason, deadline });
             }
-            Some(_) => {
+            Some(running) => {
+                running.outlived = Some(Instant::now());
                 self.tell_over(jobs, &Ok(()));
                 self.renew(room);
             }

@@ -148,7 +148,8 @@ pub enum RoomEnd {
     PutOut(String),
     /// The connection failed or was lost; worth another try.
     Failed(String),
-    /// The SDK has lost track of who is there: to be joined anew at once.
+    /// It is to be joined anew at once: the SDK has lost track of who is there, or the server removed
+    /// us for a job that the room outlives.
     Stale,
 }
 

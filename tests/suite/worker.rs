@@ -9,7 +9,7 @@ use std::{
 };
 
 use livekit_api::services::agent_dispatch::AgentDispatchClient;
-use livekit_protocol::CreateAgentDispatchRequest;
+use livekit_protocol::{CreateAgentDispatchRequest, DisconnectReason};
 use rehearsal::{
     room::{self, JobRecord, JobStatus},
     stt,
@@ -384,6 +384,48 @@ async fn a_daemon_that_drains_takes_no_jobs_and_ends_with_its_last_room() {
     ann.leave().await;
     bob.leave().await;
     stage.end().await;
+}
+
+/// The server removes the participant that a deleted dispatch's job was about, whoever else wants it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_room_that_is_wanted_otherwise_outlives_a_deleted_dispatch() {
+    for configured in [true, false] {
+        let stage = stage();
+        let mut config = agent(&stage);
+        config.agent.name = Some("scribe".into());
+        if configured {
+            config.rooms.join = vec!["r".into()];
+        }
+        let daemon = start(&stage, config, 1).await;
+        let ann = stage.speaker("r", "ann").await;
+        let first = dispatch(&stage, "r", "scribe", "").await;
+        stage.streaming(1).await;
+        if !configured {
+            dispatch(&stage, "r", "scribe", "").await;
+        }
+        let running = if configured { 1 } else { 2 };
+        let taken = |w: &room::Witness| {
+            let jobs = w.jobs.iter();
+            jobs.filter(|job| job.status == JobStatus::Running).count() == running
+        };
+        seen(&stage, "the jobs run", taken).await;
+        let deleted = dispatches(&stage).delete_dispatch(first, "r").await;
+        deleted.expect("it is deleted");
+        let removed = |w: &room::Witness| {
+            let room = w.room("r").expect("the room");
+            let mut left = room.participants.iter().filter_map(|p| p.reason);
+            left.any(|reason| reason == DisconnectReason::ParticipantRemoved)
+        };
+        seen(&stage, "the server removes us", removed).await;
+        // By the other dispatch not at once, since its job is over with the participant.
+        stage.witnessed("streams anew", |w| w.opened == 2).await;
+        stage.streaming(1).await;
+        let report = stop(&daemon).await;
+        assert_eq!(reasons(&report).len(), 2, "{report:#?}");
+        stage.all_acknowledged(2).await;
+        ann.leave().await;
+        stage.end().await;
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
