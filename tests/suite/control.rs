@@ -449,10 +449,12 @@ async fn what_is_closed_by_request_is_acknowledged_and_not_opened_again() {
         (&json!(id), &json!("requested"))
     );
     assert_eq!(receipt["outcome"], "acknowledged");
-    // The answer comes when the provider's is there.
-    let witness = stage.stt.witness();
-    let stream = witness.stream(receipt["request_id"].as_str().expect("an id"));
-    assert_eq!(stream.expect("seen").end, Some(stt::End::Acknowledged));
+    let request_id = receipt["request_id"].as_str().expect("an id");
+    let acknowledged = |w: &stt::Witness| {
+        let stream = w.stream(request_id).expect("seen");
+        stream.end == Some(stt::End::Acknowledged)
+    };
+    stage.witnessed("acknowledged", acknowledged).await;
     assert_eq!(
         daemon
             .post(&format!("/api/v1/streams/{id}/close"))

@@ -626,12 +626,8 @@ async fn a_daemon_that_is_killed_leaves_no_room_untranscribed() {
     let (status, log) = second.exit().await;
     assert_eq!(status.code(), Some(EXIT_OK.into()), "{log}");
     assert!(log.contains("taken up without a job"), "{log}");
-    let witness = stage.stt.witness();
-    assert_eq!(
-        (witness.open_now, witness.streams.len()),
-        (0, 2),
-        "{witness:#?}"
-    );
+    let witness = stage.open(0).await;
+    assert_eq!(witness.streams.len(), 2, "{witness:#?}");
     ann.leave().await;
     stage.end().await;
 }
