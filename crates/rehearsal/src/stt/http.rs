@@ -14,6 +14,7 @@ use uuid::Uuid;
 
 use super::book::NewStream;
 use super::fault_board;
+use super::flux;
 use super::inference;
 use super::management;
 use super::parameters::Parameters;
@@ -28,6 +29,7 @@ const MAX_BODY: usize = 64 * 1024;
 pub(super) fn router(shared: Arc<Shared>) -> Router {
     Router::new()
         .route("/v1/listen", get(listen))
+        .route("/v2/listen", get(listen_to_turns))
         .route("/v1/stt", get(stt))
         .route("/witness", get(show_witness))
         .merge(management::routes())
@@ -42,6 +44,14 @@ async fn listen(
     request: Request,
 ) -> Response<Body> {
     open_stream(&shared, &admission, request, Protocol::Listen).await
+}
+
+async fn listen_to_turns(
+    State(shared): State<Arc<Shared>>,
+    Extension(admission): Extension<Admission>,
+    request: Request,
+) -> Response<Body> {
+    open_stream(&shared, &admission, request, Protocol::Flux).await
 }
 
 async fn stt(
@@ -68,7 +78,7 @@ async fn open_stream(
         Some(reject) => Err(reject),
         None => admit(shared, &mut request, &request_id, protocol).map_err(|reject| Reject {
             body: match protocol {
-                Protocol::Listen => reject.body,
+                Protocol::Listen | Protocol::Flux => reject.body,
                 Protocol::Inference => ErrorBody::Inference,
             },
             ..reject
@@ -96,9 +106,12 @@ fn admit(
     protocol: Protocol,
 ) -> Result<(Response<Body>, Admitted), Reject> {
     let (credentials, parameters) = match protocol {
-        Protocol::Listen => {
+        Protocol::Listen | Protocol::Flux => {
             let credentials = shared.keys.listen(request.headers())?;
-            let parameters = Parameters::parse(request.uri())?;
+            let parameters = match protocol {
+                Protocol::Flux => flux::parameters(request.uri())?,
+                _ => Parameters::parse(request.uri())?,
+            };
             if shared.balance() <= 0.0 {
                 return Err(Reject::status(402));
             }
@@ -146,7 +159,7 @@ fn admit(
 
 fn too_many(protocol: Protocol) -> Reject {
     match protocol {
-        Protocol::Listen => Reject::status(429),
+        Protocol::Listen | Protocol::Flux => Reject::status(429),
         Protocol::Inference => Reject::quota(inference::CONCURRENCY),
     }
 }

@@ -32,6 +32,7 @@ mod decode;
 mod dialect;
 mod fault_board;
 mod faults;
+mod flux;
 mod http;
 mod inference;
 mod management;

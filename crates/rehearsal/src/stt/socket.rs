@@ -56,8 +56,14 @@ pub(super) fn failure(error: &Error) -> Failure {
     }
 }
 
-/// A close frame; the reason is cut to what one can hold.
+/// What RFC 6455, 7.4.1 reads from a close frame without a code.
+pub(super) const NO_STATUS: u16 = 1005;
+
+/// A close frame, with a code unless that is [`NO_STATUS`]; the reason is cut to what one can hold.
 pub(super) fn close_frame(code: u16, reason: &str) -> Message {
+    if code == NO_STATUS {
+        return Message::Close(None);
+    }
     Message::Close(Some(CloseFrame {
         code: CloseCode::from(code),
         reason: Utf8Bytes::from(cut(reason, MAX_CLOSE_REASON)),

@@ -92,6 +92,8 @@ pub struct StreamRecord {
 pub enum Protocol {
     /// Deepgram's `/v1/listen`.
     Listen,
+    /// Deepgram Flux's `/v2/listen`.
+    Flux,
     /// LiveKit Inference's `/v1/stt`.
     Inference,
 }

@@ -18,8 +18,6 @@ use crate::stt::witness::{End, TcpEnd};
 const FIN_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long a stopping server tries to say so.
 const STOP_TIMEOUT: Duration = Duration::from_millis(500);
-/// What RFC 6455, 7.4.1 reads from a close frame without a code.
-const NO_STATUS: u16 = 1005;
 
 const IDLE: &str = "NET-0001: neither audio nor a text message within the timeout window";
 
@@ -45,7 +43,7 @@ impl Stream {
         let listening = matches!(self.phase, Phase::Listening) && !self.mute();
         let config = &self.shared.config;
         let timeout = match self.dialect {
-            Dialect::Listen => config.idle_timeout,
+            Dialect::Listen | Dialect::Flux(_) => config.idle_timeout,
             Dialect::Inference(_) => config.inference_idle_timeout,
         };
         listening.then(|| self.last_input + timeout)
@@ -73,7 +71,7 @@ impl Stream {
     }
 
     pub(super) async fn close_frame_received(&mut self, frame: Option<CloseFrame>) -> Step {
-        let code = frame.map_or(NO_STATUS, |frame| frame.code.into());
+        let code = frame.map_or(socket::NO_STATUS, |frame| frame.code.into());
         self.entry.update(|r| r.close_code_received = Some(code));
         let end = match &self.phase {
             Phase::AwaitingClose { end, .. } => end.clone(),

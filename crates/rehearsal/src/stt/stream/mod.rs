@@ -26,6 +26,7 @@ use super::decode::{DecodeError, Decoder};
 use super::dialect::Dialect;
 use super::fault_board::FaultWatch;
 use super::faults::Faults;
+use super::messages::ServerMessage;
 use super::parameters::Parameters;
 use super::server::Shared;
 use super::socket;
@@ -99,7 +100,7 @@ impl Stream {
         let mut fault_watch = shared.faults.watch(entry.request_id());
         let faults = fault_watch.current();
         let now = Instant::now();
-        Ok(Self {
+        let mut stream = Self {
             ws,
             decoder: Decoder::new(parameters.format)?,
             transcriber: Transcriber::new(entry.request_id(), parameters),
@@ -119,7 +120,11 @@ impl Stream {
             outbox: VecDeque::new(),
             phase: Phase::Listening,
             entry,
-        })
+        };
+        if matches!(stream.dialect, Dialect::Flux(_)) {
+            stream.queue(&mut vec![ServerMessage::Created]);
+        }
+        Ok(stream)
     }
 
     /// Serves the stream until its TCP connection has ended, and records how.

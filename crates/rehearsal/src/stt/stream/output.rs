@@ -9,6 +9,7 @@ use tokio::time::{Instant, timeout};
 use tokio_tungstenite::tungstenite::Message;
 
 use super::{Phase, Step, Stream};
+use crate::stt::dialect::Dialect;
 use crate::stt::messages::{Metadata, ServerMessage};
 use crate::stt::socket;
 use crate::stt::witness::{End, TcpEnd};
@@ -41,7 +42,11 @@ impl Stream {
             channels: if self.audio_heard { self.channels } else { 0 },
         }));
         self.queue(&mut messages);
-        self.queue_close(1000, "");
+        let code = match self.dialect {
+            Dialect::Flux(_) => socket::NO_STATUS,
+            Dialect::Listen | Dialect::Inference(_) => 1000,
+        };
+        self.queue_close(code, "");
         self.phase = Phase::Finishing(end);
     }
 
