@@ -132,9 +132,18 @@ pub enum AudioSource {
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct SttConfig {
-    /// Base (then `/v1/listen` is added) or full URL.
+    pub provider: ProviderKind,
+    /// Base (then [`ProviderKind::path`] is added) or full URL.
     pub url: Url,
+    /// Of Deepgram.
     pub api_key: SecretString,
+    /// Of LiveKit Inference; `livekit.api_key` and its secret, unless set.
+    #[serde(default)]
+    pub inference_api_key: String,
+    #[serde(default)]
+    pub inference_api_secret: SecretString,
+    pub inference_api_key_file: Option<PathBuf>,
+    pub inference_api_secret_file: Option<PathBuf>,
     pub model: String,
     pub language: Option<String>,
     pub interim_results: bool,
@@ -163,6 +172,28 @@ pub struct SttConfig {
     pub speech_level: u8,
     pub preroll_ms: u64,
     pub api_key_file: Option<PathBuf>,
+}
+
+/// Whose protocol streams speak.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ProviderKind {
+    /// `/v1/listen`, of Deepgram or a server that speaks the same.
+    Deepgram,
+    /// `/v2/listen`.
+    DeepgramFlux,
+    LivekitInference,
+}
+
+impl ProviderKind {
+    /// Of a URL that has none.
+    pub fn path(self) -> &'static str {
+        match self {
+            Self::Deepgram => "/v1/listen",
+            Self::DeepgramFlux => "/v2/listen",
+            Self::LivekitInference => "/v1/stt",
+        }
+    }
 }
 
 /// How audio goes to the provider.
@@ -501,6 +532,16 @@ impl Config {
         differ
     }
 
+    /// With what follows from something else.
+    fn completed(mut self) -> Self {
+        let stt = &mut self.stt;
+        if stt.inference_api_key.is_empty() {
+            stt.inference_api_key = self.livekit.api_key.clone();
+            stt.inference_api_secret = self.livekit.api_secret.clone();
+        }
+        self
+    }
+
     fn from_sources(
         file: Option<&Path>,
         environment: HashMap<String, String>,
@@ -535,7 +576,7 @@ impl Config {
             config = settings.deserialise();
         }
         match config {
-            Some(config) if settings.problems.is_empty() => Ok(config),
+            Some(config) if settings.problems.is_empty() => Ok(config.completed()),
             _ => {
                 let mut problems = settings.problems;
                 // A file's by their lines.
@@ -1094,6 +1135,8 @@ mod tests {
         for name in [
             "livekit_api_key",
             "livekit_api_secret",
+            "livekit_inference_api_key",
+            "livekit_inference_api_secret",
             "deepgram_api_key",
             "usage_reports",
         ] {

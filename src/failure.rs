@@ -140,7 +140,10 @@ impl Cause {
     /// What to do about it.
     pub fn advice(self) -> &'static str {
         match self {
-            Self::Authentication => "check stt.api_key (DEEPGRAM_API_KEY)",
+            Self::Authentication => {
+                "check stt.api_key (DEEPGRAM_API_KEY); with LiveKit Inference, key and secret of \
+                 [livekit] or stt.inference_api_key and its secret"
+            }
             Self::Permission => "take another stt.model, or a key that may use this one",
             Self::Quota => "add some: without it no stream is opened",
             Self::Concurrency => {
@@ -469,7 +472,8 @@ fn by_words(words: &str) -> Option<Cause> {
         }
         () if has(&["payment_required", "not enough credit", "maxgatewaycredits"]) => Cause::Quota,
         () if has(&["data-0000"]) => Cause::Audio,
-        () if has(&["net-0001"]) => Cause::Idle,
+        // 2007: LiveKit Inference's code for it.
+        () if has(&["net-0001", "due to inactivity"]) || words.starts_with("2007") => Cause::Idle,
         () if has(&["net-0000"]) => Cause::ProviderFault,
         () if has(&["concurren"]) => Cause::Concurrency,
         () if has(&[

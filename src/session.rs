@@ -26,8 +26,9 @@ use crate::{
     registry::Registry,
     stt::{
         connect::Provider,
+        dialect::SpeechResult,
         gate::{Admission, Gate},
-        machine::{Report, SpeechResult},
+        machine::Report,
         stream::{self, StreamHandle},
     },
     transcripts::Sinks,

@@ -8,7 +8,7 @@ use tracing_subscriber::EnvFilter;
 use url::Url;
 
 use super::{
-    Config, OFF,
+    Config, Encoding, OFF, ProviderKind, SttConfig,
     sources::{Settings, text},
 };
 use crate::store;
@@ -71,6 +71,18 @@ const SENT: [&str; 6] = [
     "sample_rate",
     "channels",
 ];
+
+/// What of `stt.parameters` Flux knows.
+const FLUX: [&str; 6] = [
+    "keyterm",
+    "mip_opt_out",
+    "numerals",
+    "profanity_filter",
+    "redact",
+    "tag",
+];
+/// Sooner than the provider gives up a stream without audio.
+const FLUX_PARK_AFTER_MS: u64 = 5000;
 
 /// Each value for itself.
 pub(super) fn check_values(settings: &mut Settings<'_>) {
@@ -251,6 +263,11 @@ pub(super) fn check_together(config: &Config, settings: &mut Settings<'_>) {
             "it needs stt.interim_results = true",
         );
     }
+    match stt.provider {
+        ProviderKind::Deepgram => {}
+        ProviderKind::DeepgramFlux => check_flux(stt, settings),
+        ProviderKind::LivekitInference => check_inference(stt, settings),
+    }
     if let Some(method) = &stt.parameters.callback_method {
         let key = "stt.parameters.callback_method";
         if stt.parameters.callback.is_none() {
@@ -313,6 +330,58 @@ pub(super) fn check_together(config: &Config, settings: &mut Settings<'_>) {
     }
     if config.livekit.url.query().is_some() {
         settings.fault("livekit.url", "a query in it is not supported");
+    }
+}
+
+fn check_flux(stt: &SttConfig, settings: &mut Settings<'_>) {
+    give_way(settings, "stt.model", "flux-general-en");
+    give_way(settings, "stt.park_after_ms", FLUX_PARK_AFTER_MS);
+    if stt.park_after_ms == 0 && !settings.is_default("stt.park_after_ms") {
+        settings.fault(
+            "stt.park_after_ms",
+            "a stream of deepgram_flux ends without audio, so that it must be parked: it must not \
+             be 0",
+        );
+    }
+    let parameters: Vec<String> = settings
+        .keys
+        .within("stt.parameters")
+        .map(|name| format!("stt.parameters.{name}"))
+        .collect();
+    let others = parameters.iter().filter(|key| {
+        let known = FLUX.iter().any(|known| key.ends_with(&format!(".{known}")));
+        !known && !settings.is_default(key)
+    });
+    for key in others.collect::<Vec<_>>() {
+        let known = FLUX.join(", ");
+        let said = format!(
+            "deepgram_flux has no such parameter: of [stt.parameters] it takes {known}, and its own \
+             go into [stt.extra]"
+        );
+        settings.fault(key, &said);
+    }
+}
+
+fn check_inference(stt: &SttConfig, settings: &mut Settings<'_>) {
+    give_way(settings, "stt.url", "wss://agent-gateway.livekit.cloud");
+    give_way(settings, "stt.model", "deepgram/nova-3");
+    give_way(settings, "stt.encoding", Encoding::Linear16.name());
+    if stt.encoding != Encoding::Linear16 && !settings.is_default("stt.encoding") {
+        settings.fault("stt.encoding", "livekit_inference takes linear16 alone");
+    }
+    if stt.inference_api_key.is_empty() != stt.inference_api_secret.expose_secret().is_empty() {
+        settings.fault(
+            "stt.inference_api_key",
+            "it and stt.inference_api_secret belong together: set both, or neither for those of \
+             [livekit]",
+        );
+    }
+}
+
+/// A default that is not that of this provider.
+fn give_way(settings: &mut Settings<'_>, key: &str, value: impl Into<ValueKind>) {
+    if settings.is_default(key) {
+        settings.replace_default(key, value);
     }
 }
 

@@ -36,7 +36,7 @@ pub(super) struct Secret {
     pub needed: bool,
 }
 
-pub(super) const SECRETS: [Secret; 6] = [
+pub(super) const SECRETS: [Secret; 8] = [
     Secret {
         key: "livekit.api_key",
         file_key: "livekit.api_key_file",
@@ -57,6 +57,20 @@ pub(super) const SECRETS: [Secret; 6] = [
         variable: "DEEPGRAM_API_KEY",
         file_variable: "DEEPGRAM_API_KEY_FILE",
         needed: true,
+    },
+    Secret {
+        key: "stt.inference_api_key",
+        file_key: "stt.inference_api_key_file",
+        variable: "LIVEKIT_INFERENCE_API_KEY",
+        file_variable: "LIVEKIT_INFERENCE_API_KEY_FILE",
+        needed: false,
+    },
+    Secret {
+        key: "stt.inference_api_secret",
+        file_key: "stt.inference_api_secret_file",
+        variable: "LIVEKIT_INFERENCE_API_SECRET",
+        file_variable: "LIVEKIT_INFERENCE_API_SECRET_FILE",
+        needed: false,
     },
     Secret {
         key: "usage_reports.secret",
@@ -401,6 +415,7 @@ impl<'a> Settings<'a> {
     pub fn read_secrets(&mut self, environment: &HashMap<String, String>, needed: bool) {
         let credentials = environment.get(CREDENTIALS).filter(|dir| !dir.is_empty());
         let mut found = Layer::new();
+        let inference = self.text("stt.provider") == Some("livekit_inference");
         for secret in &SECRETS {
             let Secret { key, file_key, .. } = secret;
             let mut fill = |value: String, origin: Option<String>| {
@@ -439,7 +454,10 @@ impl<'a> Settings<'a> {
                     }
                 }
             }
-            if !set && secret.needed {
+            if !set && secret.needed && inference && *key == "stt.api_key" {
+                fill(String::new(), None);
+                self.faulty.insert((*key).to_owned());
+            } else if !set && secret.needed {
                 // So that the rest can be looked at.
                 fill(String::new(), None);
                 if !needed {

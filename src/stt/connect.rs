@@ -10,6 +10,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
+use livekit_api::access_token::{AccessToken, AccessTokenError, InferenceGrants};
 use secrecy::{ExposeSecret, SecretString};
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
@@ -26,10 +27,13 @@ use tokio_tungstenite::{
 };
 use url::Url;
 
-use super::machine::Limits;
+use super::{
+    dialect::{self, Dialect},
+    machine::Limits,
+};
 use crate::{
     audio::LINEAR16_RATE,
-    config::{Encoding, Endpointing, SttConfig, SttParameters},
+    config::{Encoding, Endpointing, ProviderKind, SttConfig, SttParameters},
     domain::Service,
     failure::{self, Answer, Cause, Failure},
     kernel::SocketId,
@@ -46,6 +50,8 @@ const MAX_ADDRESSES: usize = 8;
 const UNACKNOWLEDGED: Duration = Duration::from_secs(15);
 /// What comes is small; the library's default of 128 KiB a stream would be most of its memory.
 const READ_BUFFER: usize = 8 << 10;
+/// What a token of LiveKit Inference is good for.
+const INFERENCE_TOKEN: Duration = Duration::from_secs(600);
 /// Longer than this nobody is left alone, whatever Retry-After says.
 const MOST_RETRY_AFTER: Duration = Duration::from_secs(3600);
 
@@ -145,9 +151,7 @@ pub struct Connected {
 /// Where and how to open streams; made once from the configuration.
 pub struct Provider {
     url: Url,
-    key: SecretString,
-    connect_timeout: Duration,
-    limits: Limits,
+    config: SttConfig,
     service: Arc<Service>,
     #[cfg(test)]
     in_memory: Option<InMemory>,
@@ -174,9 +178,15 @@ impl Provider {
     pub fn new(config: &SttConfig) -> Self {
         let mut url = config.url.clone();
         if matches!(url.path(), "" | "/") {
-            url.set_path("/v1/listen");
+            url.set_path(config.provider.path());
         }
-        url.query_pairs_mut().extend_pairs(query(config));
+        let query = match config.provider {
+            ProviderKind::Deepgram => listen_query(config),
+            ProviderKind::DeepgramFlux => flux_query(config),
+            // The rest is said by the first message.
+            ProviderKind::LivekitInference => vec![("model", config.model.clone())],
+        };
+        url.query_pairs_mut().extend_pairs(query);
         let port = url.port().map_or(String::new(), |port| format!(":{port}"));
         let service = Arc::new(Service {
             provider: format!("{}{port}", url.host_str().unwrap_or_default()),
@@ -187,12 +197,7 @@ impl Provider {
         Self {
             url,
             service,
-            key: config.api_key.clone(),
-            connect_timeout: Duration::from_millis(config.connect_timeout_ms),
-            limits: Limits {
-                read: nonzero(config.read_timeout_ms),
-                write: nonzero(config.write_timeout_ms),
-            },
+            config: config.clone(),
             #[cfg(test)]
             in_memory: None,
         }
@@ -216,17 +221,32 @@ impl Provider {
 
     /// What a stream of this provider may keep us waiting.
     pub fn limits(&self) -> Limits {
-        self.limits
+        Limits {
+            read: nonzero(self.config.read_timeout_ms),
+            write: nonzero(self.config.write_timeout_ms),
+        }
+    }
+
+    /// What a stream of this provider speaks.
+    pub fn dialect(&self) -> Box<dyn Dialect> {
+        dialect::of(&self.config)
     }
 
     /// What the provider says, without the key.
     pub fn hide<'a>(&self, text: &'a str) -> Cow<'a, str> {
-        failure::without(self.key.expose_secret(), text)
+        failure::without(self.secret().expose_secret(), text)
+    }
+
+    fn secret(&self) -> &SecretString {
+        match self.config.provider {
+            ProviderKind::Deepgram | ProviderKind::DeepgramFlux => &self.config.api_key,
+            ProviderKind::LivekitInference => &self.config.inference_api_secret,
+        }
     }
 
     /// The limit for dialling and handshake together.
     pub fn connect_timeout(&self) -> Duration {
-        self.connect_timeout
+        Duration::from_millis(self.config.connect_timeout_ms)
     }
 
     /// Resolves and connects. Nothing is asked of the provider yet, so this may be dropped at any
@@ -246,7 +266,7 @@ impl Provider {
             .take(MAX_ADDRESSES)
             .collect();
         // A dead route must leave time for the next address.
-        let share = self.connect_timeout / (addresses.len().max(1) as u32 + 1);
+        let share = self.connect_timeout() / (addresses.len().max(1) as u32 + 1);
         let mut last = io::Error::from(io::ErrorKind::NotFound);
         for address in addresses {
             let connected = tokio::time::timeout(share, TcpStream::connect(address)).await;
@@ -290,8 +310,18 @@ impl Provider {
 
     fn request(&self) -> Result<Request<()>, tungstenite::Error> {
         let mut request = self.url.as_str().into_client_request()?;
-        let mut token = HeaderValue::try_from(format!("Token {}", self.key.expose_secret()))
-            .map_err(tungstenite::http::Error::from)?;
+        let secret = self.secret().expose_secret();
+        let token = match self.config.provider {
+            ProviderKind::Deepgram | ProviderKind::DeepgramFlux => format!("Token {secret}"),
+            ProviderKind::LivekitInference => {
+                let key = &self.config.inference_api_key;
+                format!(
+                    "Bearer {}",
+                    inference_token(key, secret).unwrap_or_default()
+                )
+            }
+        };
+        let mut token = HeaderValue::try_from(token).map_err(tungstenite::http::Error::from)?;
         token.set_sensitive(true);
         request.headers_mut().insert(AUTHORIZATION, token);
         Ok(request)
@@ -302,9 +332,47 @@ fn nonzero(ms: u64) -> Option<Duration> {
     (ms > 0).then(|| Duration::from_millis(ms))
 }
 
+/// As the agent frameworks make it: fresh for each session.
+fn inference_token(key: &str, secret: &str) -> Result<String, AccessTokenError> {
+    AccessToken::with_api_key(key, secret)
+        .with_identity("agent")
+        .with_ttl(INFERENCE_TOKEN)
+        .with_inference_grants(InferenceGrants::default().with_perform())
+        .to_jwt()
+}
+
+/// The query of `/v2/listen`, by Deepgram's API reference.
+fn flux_query(config: &SttConfig) -> Vec<(&str, String)> {
+    let mut query = vec![("model", config.model.clone())];
+    let mut add = |name, value: Option<String>| query.extend(value.map(|value| (name, value)));
+    if config.encoding == Encoding::Linear16 {
+        add("encoding", Some("linear16".to_owned()));
+        add("sample_rate", Some(LINEAR16_RATE.to_string()));
+    }
+    add("language_hint", config.language.clone());
+    let parameters = &config.parameters;
+    for (name, value) in [
+        ("numerals", parameters.numerals),
+        ("profanity_filter", parameters.profanity_filter),
+        ("mip_opt_out", parameters.mip_opt_out),
+    ] {
+        add(name, value.map(|value| value.to_string()));
+    }
+    for (name, values) in [
+        ("keyterm", &parameters.keyterm),
+        ("redact", &parameters.redact),
+        ("tag", &parameters.tag),
+    ] {
+        query.extend(values.iter().map(|value| (name, value.clone())));
+    }
+    let extra = config.extra.iter();
+    query.extend(extra.map(|(name, value)| (name.as_str(), value.clone())));
+    query
+}
+
 /// The query of `/v1/listen`, by Deepgram's API reference. Of Ogg-Opus the provider finds out
 /// encoding and rate by itself.
-fn query(config: &SttConfig) -> Vec<(&str, String)> {
+fn listen_query(config: &SttConfig) -> Vec<(&str, String)> {
     let mut query = vec![("model", config.model.clone())];
     let mut add = |name, value: Option<String>| query.extend(value.map(|value| (name, value)));
     let flag = |value: Option<bool>| value.map(|value| value.to_string());

@@ -1,18 +1,19 @@
-//! The protocol of one Deepgram stream without its socket: takes `now` and messages, returns what
-//! to send. The driver in `stream.rs` owns the socket and the clock.
+//! The life of one stream without its socket: takes `now` and messages, returns what to send. The
+//! driver in `stream.rs` owns the socket and the clock, the [dialect](super::dialect) the words.
 //!
 //! Closing goes CloseStream -> remaining Results -> Metadata -> websocket close handshake -> end of
-//! the connection, within one absolute deadline. What runs out is escalated: a close frame when
-//! most of the time is gone, a reset at the deadline. Protocol facts: Deepgram's streaming
-//! documentation on `/v1/listen`, KeepAlive, Finalize and CloseStream.
+//! the connection, as Deepgram calls it, within one absolute deadline. What runs out is escalated: a
+//! close frame when most of the time is gone, a reset at the deadline.
 
 use std::{
+    borrow::Cow,
     collections::VecDeque,
     time::{Duration, Instant},
 };
 
-use serde::Deserialize;
+use tokio_tungstenite::tungstenite::Message;
 
+use super::dialect::{Dialect, Said, SpeechResult, cut};
 use crate::{
     audio::Page,
     domain::{Outcome, Phase},
@@ -31,7 +32,6 @@ const END_PATIENCE: Duration = Duration::from_millis(250);
 const MAX_QUEUED: usize = 2048;
 /// Reasons and ids come from the network: keep what is said of them short.
 const MAX_DETAIL: usize = 300;
-const MAX_TRANSCRIPT: usize = 32 << 10;
 
 /// What a provider may keep us waiting before its connection counts as dead; `None` for ever. Both
 /// hold while streaming; a close has its own deadline.
@@ -46,7 +46,7 @@ pub struct Limits {
 /// What the driver is to do, in order.
 #[derive(Debug, PartialEq)]
 pub enum Action {
-    Text(&'static str),
+    Text(Cow<'static, str>),
     Audio(Page),
     Ping,
     /// A websocket close frame with code 1000.
@@ -59,17 +59,6 @@ pub enum Report {
     Result(SpeechResult),
     /// The provider's own words about something that is wrong.
     Error(String),
-}
-
-#[derive(Debug, Clone, PartialEq)]
-pub struct SpeechResult {
-    /// Seconds on the stream's time line.
-    pub start: f64,
-    pub duration: f64,
-    /// Empty for audio in which nothing was said.
-    pub text: String,
-    pub confidence: f64,
-    pub is_final: bool,
 }
 
 #[derive(Debug)]
@@ -89,6 +78,7 @@ struct Closing {
 }
 
 pub struct Machine {
+    dialect: Box<dyn Dialect>,
     limits: Limits,
     state: State,
     queue: VecDeque<Action>,
@@ -102,18 +92,20 @@ pub struct Machine {
     peer_close: Option<(u16, String)>,
     /// The last error that the provider reported.
     last_error: Option<String>,
-    metadata_seconds: Option<f64>,
+    provider_seconds: Option<f64>,
     request_id: Option<String>,
     dropped_audio: u64,
 }
 
 impl Machine {
     /// The machine of a stream whose handshake has just completed.
-    pub fn new(now: Instant, limits: Limits) -> Self {
+    pub fn new(now: Instant, limits: Limits, dialect: Box<dyn Dialect>) -> Self {
+        let greeting = dialect.greeting().map(Action::Text);
         Self {
+            dialect,
             limits,
             state: State::Streaming,
-            queue: VecDeque::new(),
+            queue: greeting.into_iter().collect(),
             reports: VecDeque::new(),
             last_sent: now,
             heard: now,
@@ -122,7 +114,7 @@ impl Machine {
             waiting_since: None,
             peer_close: None,
             last_error: None,
-            metadata_seconds: None,
+            provider_seconds: None,
             request_id: None,
             dropped_audio: 0,
         }
@@ -156,8 +148,8 @@ impl Machine {
     pub fn close(&mut self, now: Instant, deadline: Instant) {
         match &mut self.state {
             State::Streaming => {
-                self.queue
-                    .push_back(Action::Text(r#"{"type":"CloseStream"}"#));
+                let close = self.dialect.close().into();
+                self.queue.push_back(Action::Text(close));
                 self.state = State::Closing(Closing {
                     phase: Phase::Flushing,
                     close_frame_at: escalation(now, deadline),
@@ -179,36 +171,43 @@ impl Machine {
         self.pinged = false;
     }
 
-    /// A text message from the provider. What is not understood is ignored: newer servers say more.
+    /// A text message from the provider.
     pub fn text(&mut self, now: Instant, text: &str) {
-        match serde_json::from_str::<ServerMessage>(text) {
-            Ok(ServerMessage::Results(results)) => self.results(results),
-            Ok(ServerMessage::Metadata(metadata)) => {
-                self.request_id = self.request_id.take().or(bounded_id(metadata.request_id));
-                self.metadata_seconds = metadata.duration;
-                // Only after CloseStream has left is it an answer to that.
-                if let State::Closing(closing) = &mut self.state
-                    && closing.phase != Phase::Flushing
-                {
-                    closing.phase = Phase::AwaitingEnd;
-                    closing.close_frame_at = closing.close_frame_at.min(now + END_PATIENCE);
+        for said in self.dialect.read(text) {
+            match said {
+                Said::RequestId(id) => {
+                    self.request_id.get_or_insert(id);
+                }
+                Said::Result(result) => self.reports.push_back(Report::Result(result)),
+                Said::Error(said) => {
+                    self.last_error = Some(said.clone());
+                    self.reports.push_back(Report::Error(said));
+                }
+                Said::Done(seconds) => {
+                    self.provider_seconds = seconds.or(self.provider_seconds);
+                    // Only after CloseStream has left is it an answer to that.
+                    if let State::Closing(closing) = &mut self.state
+                        && closing.phase != Phase::Flushing
+                    {
+                        closing.phase = Phase::AwaitingEnd;
+                        closing.close_frame_at = closing.close_frame_at.min(now + END_PATIENCE);
+                    }
                 }
             }
-            Ok(ServerMessage::Error(error)) => {
-                let said = error.said();
-                self.last_error = Some(said.clone());
-                self.reports.push_back(Report::Error(said));
-            }
-            Ok(ServerMessage::Other) | Err(_) => {}
         }
+    }
+
+    /// Audio as it goes to the provider.
+    pub fn frame(&self, page: Page) -> Message {
+        self.dialect.audio(page)
     }
 
     /// The provider's close frame; the websocket library has answered it.
     pub fn close_frame(&mut self, code: u16, reason: &str) {
         self.peer_close = Some((code, bounded(reason)));
         if let State::Closing(closing) = &mut self.state {
-            // Servers of this protocol that send no Metadata answer CloseStream by closing.
-            if code == 1000 && closing.phase != Phase::Flushing && !closing.close_frame_sent {
+            let unasked = closing.phase == Phase::Flushing || closing.close_frame_sent;
+            if self.dialect.is_done_by(code) && !unasked {
                 closing.phase = Phase::AwaitingEnd;
             }
         }
@@ -266,9 +265,12 @@ impl Machine {
                 }
                 if self.keep_alive_due() <= now {
                     self.last_sent = now;
-                    if now.saturating_duration_since(self.owner_seen) < OWNER_PATIENCE {
-                        self.queue
-                            .push_back(Action::Text(r#"{"type":"KeepAlive"}"#));
+                    let is_wanted = now.saturating_duration_since(self.owner_seen) < OWNER_PATIENCE;
+                    match self.dialect.keep_alive() {
+                        Some(text) if is_wanted => self.queue.push_back(Action::Text(text.into())),
+                        // The provider would not end it, or not for long.
+                        None if !is_wanted => self.close(now, now + OWNER_PATIENCE),
+                        Some(_) | None => {}
                     }
                 }
             }
@@ -337,9 +339,9 @@ impl Machine {
         self.request_id.as_deref()
     }
 
-    /// `Metadata.duration`, in seconds.
+    /// The seconds of audio that the provider has counted, if it has said so.
     pub fn provider_seconds(&self) -> Option<f64> {
-        self.metadata_seconds
+        self.provider_seconds
     }
 
     /// Pages dropped because the socket took nothing.
@@ -369,25 +371,6 @@ impl Machine {
     fn peer_closed_well(&self) -> bool {
         !matches!(&self.peer_close, Some((code, _)) if !matches!(code, 1000 | 1005))
     }
-
-    fn results(&mut self, results: Results) {
-        if self.request_id.is_none() {
-            self.request_id = bounded_id(results.metadata.and_then(|m| m.request_id));
-        }
-        let best = results.channel.alternatives.into_iter().next();
-        let best = best.unwrap_or_default();
-        // A final one without words still says that the provider is done with that audio.
-        if best.transcript.is_empty() && !results.is_final {
-            return;
-        }
-        self.reports.push_back(Report::Result(SpeechResult {
-            start: results.start,
-            duration: results.duration,
-            text: cut(best.transcript, MAX_TRANSCRIPT),
-            confidence: best.confidence,
-            is_final: results.is_final,
-        }));
-    }
 }
 
 /// The graceful part gets four fifths of the time; the rest is for close frame and reset.
@@ -399,83 +382,9 @@ fn bounded(text: &str) -> String {
     cut(text.to_owned(), MAX_DETAIL)
 }
 
-fn bounded_id(id: Option<String>) -> Option<String> {
-    id.map(|id| cut(id, MAX_DETAIL))
-}
-
-/// At most so many bytes of it.
-fn cut(mut text: String, most: usize) -> String {
-    if text.len() > most {
-        text.truncate(text.floor_char_boundary(most));
-        text.push_str("...");
-    }
-    text
-}
-
-#[derive(Deserialize)]
-#[serde(tag = "type")]
-enum ServerMessage {
-    Results(Results),
-    Metadata(Metadata),
-    Error(ProviderError),
-    #[serde(other)]
-    Other,
-}
-
-#[derive(Deserialize)]
-struct Results {
-    #[serde(default)]
-    start: f64,
-    #[serde(default)]
-    duration: f64,
-    #[serde(default)]
-    is_final: bool,
-    channel: Channel,
-    metadata: Option<ResultsMetadata>,
-}
-
-#[derive(Deserialize)]
-struct ResultsMetadata {
-    request_id: Option<String>,
-}
-
-#[derive(Deserialize)]
-struct Channel {
-    #[serde(default)]
-    alternatives: Vec<Alternative>,
-}
-
-#[derive(Default, Deserialize)]
-struct Alternative {
-    #[serde(default)]
-    transcript: String,
-    #[serde(default)]
-    confidence: f64,
-}
-
-#[derive(Deserialize)]
-struct Metadata {
-    request_id: Option<String>,
-    duration: Option<f64>,
-}
-
-#[derive(Deserialize)]
-struct ProviderError {
-    variant: Option<String>,
-    description: Option<String>,
-    message: Option<String>,
-}
-
-impl ProviderError {
-    fn said(self) -> String {
-        let parts = [self.variant, self.description, self.message];
-        bounded(&parts.into_iter().flatten().collect::<Vec<_>>().join(": "))
-    }
-}
-
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use super::{super::dialect, *};
 
     const METADATA: &str = r#"{"type":"Metadata","request_id":"r","duration":1.5,"channels":1}"#;
 
@@ -483,6 +392,10 @@ mod tests {
         read: None,
         write: Some(Duration::from_secs(10)),
     };
+
+    fn listen() -> Box<dyn Dialect> {
+        dialect::of(&crate::config::Config::for_tests().stt)
+    }
 
     struct Rig {
         machine: Machine,
@@ -493,7 +406,7 @@ mod tests {
         fn new() -> Self {
             let start = Instant::now();
             Self {
-                machine: Machine::new(start, LIMITS),
+                machine: Machine::new(start, LIMITS, listen()),
                 start,
             }
         }
@@ -540,7 +453,7 @@ mod tests {
     }
 
     fn close_stream() -> Action {
-        Action::Text(r#"{"type":"CloseStream"}"#)
+        Action::Text(r#"{"type":"CloseStream"}"#.into())
     }
 
     #[test]
@@ -745,7 +658,7 @@ mod tests {
             read: Some(Duration::from_secs(3)),
             write: None,
         };
-        let machine = Machine::new(start, limits);
+        let machine = Machine::new(start, limits, listen());
         let mut rig = Rig { machine, start };
         assert_eq!(rig.run_until(1499), []);
         assert_eq!(rig.run_until(2999), [Action::Ping]);

@@ -1,6 +1,7 @@
-//! The provider side: one Deepgram-style websocket per stream. Knows nothing of rooms.
+//! The provider side: one websocket per stream. Knows nothing of rooms.
 
 pub mod connect;
+pub mod dialect;
 pub mod gate;
 pub mod machine;
 pub mod stream;

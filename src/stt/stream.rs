@@ -338,7 +338,7 @@ impl Owned {
         let live = Live {
             permit,
             socket: connected.socket,
-            machine: Machine::new(now(), provider.limits()),
+            machine: Machine::new(now(), provider.limits(), provider.dialect()),
             provider,
             totals,
             samples: 0,
@@ -520,7 +520,7 @@ impl Live {
                 break;
             };
             let message = match action {
-                Action::Text(text) => Message::text(text),
+                Action::Text(text) => Message::text(text.into_owned()),
                 Action::CloseFrame => Message::Close(Some(CloseFrame {
                     code: CloseCode::Normal,
                     reason: "".into(),
@@ -529,7 +529,7 @@ impl Live {
                 Action::Audio(page) => {
                     self.samples += page.samples;
                     self.totals.audio_bytes += page.bytes.len() as u64;
-                    Message::Binary(Bytes::from(page.bytes))
+                    self.machine.frame(page)
                 }
             };
             self.unflushed = true;

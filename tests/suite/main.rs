@@ -24,6 +24,7 @@ mod matrix;
 #[cfg(target_os = "linux")]
 mod parking;
 mod pid1;
+mod providers;
 mod recovery;
 mod refused;
 mod rehearsal;
