@@ -10,6 +10,7 @@ use std::{
 };
 
 use chrono::{DateTime, SecondsFormat, Utc};
+use futures_util::future::BoxFuture;
 use serde::Serialize;
 use tokio::{
     sync::{Notify, mpsc, oneshot, watch},
@@ -450,6 +451,9 @@ struct Root {
     rescue: Rescue,
     /// Rooms are looked at for lost jobs: one look at a time.
     looks: JoinSet<jobs::Looked>,
+    asks: JoinSet<jobs::Asked>,
+    /// Claims without a job, as the worker was told last.
+    jobless: usize,
     missing: (mpsc::Sender<Missing>, mpsc::Receiver<Missing>),
     /// Rooms that are said to have news.
     hinted: mpsc::Receiver<String>,
@@ -487,8 +491,12 @@ struct Running {
 impl Running {
     /// The server removes whom it knows a job's participant as, when that job's dispatch is deleted,
     /// even if the room is wanted for other reasons. Nobody has put us out then.
-    fn how_it_ended(&self, how: RoomEnd) -> RoomEnd {
-        let expected = || self.outlived.is_some_and(|at| at.elapsed() < REMOVAL);
+    fn how_it_ended(&self, how: RoomEnd, at: Instant) -> RoomEnd {
+        let since = |outlived: Instant| at.saturating_duration_since(outlived);
+        let expected = || {
+            self.outlived
+                .is_some_and(|outlived| since(outlived) < REMOVAL)
+        };
         match how {
             RoomEnd::PutOut(why) if why == REMOVED && expected() => RoomEnd::Stale,
             how => how,
@@ -583,6 +591,8 @@ impl Root {
             line: None,
             rescue: Rescue::default(),
             looks: JoinSet::new(),
+            asks: JoinSet::new(),
+            jobless: 0,
             missing: mpsc::channel(MAX_MISSING),
             hinted,
             reporter: JoinSet::new(),
@@ -622,6 +632,7 @@ impl Root {
         let mut poll = Poll::new(self.room_context.api.clone(), board.clone());
         poll.ask_for(&self.selection, &self.config);
         let (first, failure) = loop {
+            self.tell_jobless();
             if self.drained() {
                 let reason = CloseReason::Shutdown("drained".into());
                 let deadline = self.deadline();
@@ -654,6 +665,9 @@ impl Root {
                 Some(looked) = self.looks.join_next(), if !self.looks.is_empty() => {
                     self.looked(looked);
                 }
+                Some(asked) = self.asks.join_next(), if !self.asks.is_empty() => {
+                    self.asked(asked);
+                }
                 Some(ended) = self.worker.join_next(), if !self.worker.is_empty() => {
                     self.worker_ended(ended);
                 }
@@ -673,7 +687,9 @@ impl Root {
                             board.enter(Phase::Running);
                         }
                         self.reconcile(rooms.as_deref());
-                        self.look_for_lost(rooms.as_deref().unwrap_or_default());
+                        if let Some(rooms) = &rooms {
+                            self.look_for_lost(rooms);
+                        }
                     }
                     Err(fatal) => {
                         let reason = CloseReason::Shutdown("cannot start".into());
@@ -821,7 +837,12 @@ impl Root {
         };
         let running = self.running.remove(&id)?;
         let (how, sid, tried) = match ended {
-            Ok(Ended { how, sid, tried }) => (running.how_it_ended(how), sid, tried),
+            Ok(Ended {
+                how,
+                at,
+                sid,
+                tried,
+            }) => (running.how_it_ended(how, at), sid, tried),
             Err(error) => {
                 let how = RoomEnd::Failed(format!("a defect: {error}"));
                 (how, None, HashSet::new())
@@ -1082,6 +1103,8 @@ impl Root {
     }
 }
 
+type Asking = BoxFuture<'static, Result<Vec<ListedRoom>, ApiError>>;
+
 /// Asks for the rooms there are, over and over.
 struct Poll {
     api: Arc<RoomApi>,
@@ -1091,6 +1114,8 @@ struct Poll {
     every: Duration,
     next_at: Instant,
     asked_at: Option<Instant>,
+    /// The request that is under way: whatever else happens meanwhile, it comes to its end.
+    asking: Option<Asking>,
     failures: u32,
     /// Once it has worked, credentials that fail are the server's passing trouble.
     worked: bool,
@@ -1105,6 +1130,7 @@ impl Poll {
             every: Duration::MAX,
             next_at: Instant::now(),
             asked_at: None,
+            asking: None,
             failures: 0,
             worked: false,
         }
@@ -1121,6 +1147,7 @@ impl Poll {
             tracing::warn!("no room is ever joined: rooms.discover is off and rooms.join is empty");
         }
         self.every = Duration::from_millis(config.rooms.poll_interval_ms);
+        self.asking = None;
         self.next_at = Instant::now();
     }
 
@@ -1146,16 +1173,27 @@ impl Poll {
         let Some(names) = &self.names else {
             return std::future::pending().await;
         };
-        tokio::time::sleep_until(self.next_at.into()).await;
-        self.asked_at = Some(Instant::now());
-        match self.api.list_rooms(names).await {
+        if self.asking.is_none() {
+            tokio::time::sleep_until(self.next_at.into()).await;
+            let (api, names) = (self.api.clone(), names.clone());
+            self.asking = Some(Box::pin(async move { api.list_rooms(&names).await }));
+            self.asked_at = Some(Instant::now());
+            // Until somebody wants it sooner.
+            self.next_at = Instant::now() + REJOIN_MOST.max(self.every) * 2;
+        }
+        let Some(asking) = &mut self.asking else {
+            return std::future::pending().await;
+        };
+        let answer = asking.await;
+        self.asking = None;
+        match answer {
             Ok(rooms) => {
                 if self.failures > 0 {
                     tracing::info!("LiveKit answers again");
                 }
                 (self.failures, self.worked) = (0, true);
                 self.board.livekit_failed(None);
-                self.next_at = Instant::now() + self.every;
+                self.sooner(Instant::now() + self.every);
                 Ok(Some(rooms))
             }
             Err(error @ ApiError::Credentials { .. }) if !self.worked => Err(error),

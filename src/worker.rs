@@ -191,6 +191,7 @@ impl Worker {
         match told {
             Some(Command::Answer { job, identity }) => self.desk.answer(&job, identity, now),
             Some(Command::Over { job, result }) => self.desk.over(&job, result, now),
+            Some(Command::Jobless(jobless)) => self.desk.jobless(jobless, now),
             Some(Command::Drain(draining)) => self.desk.drain(draining, now),
             Some(Command::End) | None => return true,
         }

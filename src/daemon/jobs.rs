@@ -2,7 +2,7 @@
 //! configured, and there is one supervisor for all who want it; the last who does closes it.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -30,7 +30,19 @@ use crate::{
 };
 
 /// What a look at rooms has shown.
-pub(super) type Looked = Vec<(ListedRoom, Sight)>;
+pub(super) struct Looked {
+    rooms: Vec<(ListedRoom, Sight)>,
+    /// Those of them that we were in.
+    running: HashSet<String>,
+}
+
+/// Whether the dispatch is still there whose job the server has ended.
+pub(super) struct Asked {
+    room: String,
+    job: String,
+    /// IDs; None if the server does not say.
+    dispatches: Option<HashSet<String>>,
+}
 
 /// A worker that failed by a defect is started anew after this.
 const RESTART_AFTER: Duration = Duration::from_secs(5);
@@ -62,6 +74,10 @@ impl Root {
         tracing::error!(?ended, "the agent worker failed by a defect; started anew");
         self.forget_jobs();
         self.start_worker(RESTART_AFTER);
+        if self.draining {
+            self.tell(Command::Drain(true));
+        }
+        self.jobless = 0;
     }
 
     /// No more jobs are taken.
@@ -115,15 +131,61 @@ impl Root {
                 let Some(room) = self.claims.room_of(&job).map(str::to_owned) else {
                     return;
                 };
-                let this = |claim: &Claim| claim.job.as_ref() == Some(&job);
-                self.release(&room, this, "ended by the server");
+                let api = self.room_context.api.clone();
+                self.asks.spawn(async move {
+                    let dispatches = rescue::dispatches(&api, &room).await;
+                    Asked {
+                        room,
+                        job,
+                        dispatches,
+                    }
+                });
             }
+        }
+    }
+
+    /// The server ends a job when its dispatch is deleted, and as well when its participant leaves:
+    /// put out by somebody, or for a connection made anew. Then the end of the room, if it is one,
+    /// says what comes of it.
+    pub(super) fn asked(&mut self, asked: Result<Asked, JoinError>) {
+        let Asked {
+            room,
+            job,
+            dispatches,
+        } = match asked {
+            Ok(asked) => asked,
+            Err(error) => {
+                return tracing::error!(%error, "asking for dispatches failed by a defect");
+            }
+        };
+        let this = |claim: &Claim| claim.job.as_ref() == Some(&job);
+        let Some(claim) = self.claims.of(&room).find(|claim| this(claim)) else {
+            return;
+        };
+        let lives_on = |there: HashSet<String>| there.contains(&claim.dispatch);
+        if dispatches.is_none_or(lives_on) {
+            self.claims.orphan(&job);
+            self.tell_over([job], &Ok(()));
+        } else {
+            self.release(&room, this, "its dispatch was deleted");
+        }
+    }
+
+    /// Tells the worker what else takes slots.
+    pub(super) fn tell_jobless(&mut self) {
+        let jobless = self.claims.jobless();
+        if self.line.is_some() && jobless != self.jobless {
+            self.jobless = jobless;
+            self.tell(Command::Jobless(jobless));
         }
     }
 
     fn assigned(&mut self, job: Job, ticket: Ticket) {
         let room = job.room.unwrap_or_default();
         let (name, id) = (room.name, job.id);
+        if self.draining {
+            return self.refuse(&name, id, "the daemon takes no more rooms".to_owned());
+        }
         let overrides = match Overrides::parse(&job.metadata) {
             Ok(overrides) => overrides,
             Err(said) => return self.refuse(&name, id, said),
@@ -172,6 +234,9 @@ impl Root {
 
     /// Takes back claims; a room that nobody else wants is closed, and the jobs told after that.
     fn release(&mut self, room: &str, fits: impl Fn(&Claim) -> bool, why: &str) {
+        if !self.claims.of(room).any(&fits) {
+            return;
+        }
         let jobs = self.claims.remove(room, fits);
         let wanted = self.selection.fits(room) || self.claims.of(room).any(|claim| !claim.next);
         let grace = Duration::from_millis(self.config.stt.close_grace_ms);
@@ -255,7 +320,7 @@ impl Root {
 
     /// Looks at rooms whose jobs may have been lost, and at those that are transcribed without one.
     pub(super) fn look_for_lost(&mut self, listed: &[ListedRoom]) {
-        if self.line.is_none() || self.draining || !self.looks.is_empty() || listed.is_empty() {
+        if self.line.is_none() || self.draining || !self.looks.is_empty() {
             return;
         }
         let now = Instant::now();
@@ -277,29 +342,43 @@ impl Root {
         let due = self.rescue.due(&worth, now);
         if !due.is_empty() {
             let (api, us) = (self.room_context.api.clone(), Us::new(&self.config));
-            self.looks.spawn(rescue::look(api, us, due));
+            let names = due.iter().map(|room| room.name.clone());
+            let running = names.filter(|name| self.running(name).is_some()).collect();
+            self.looks.spawn(async move {
+                let rooms = rescue::look(api, us, due).await;
+                Looked { rooms, running }
+            });
         }
     }
 
     pub(super) fn looked(&mut self, looked: Result<Looked, JoinError>) {
-        let looked = match looked {
+        let Looked { rooms, running } = match looked {
             Ok(looked) => looked,
             Err(error) => {
                 return tracing::error!(%error, "looking for lost jobs failed by a defect");
             }
         };
         let now = Instant::now();
-        for (ListedRoom { name, sid }, sight) in looked {
+        for (ListedRoom { name, sid }, sight) in rooms {
             if self.draining {
                 return;
             }
             if self.running(&name).is_some() {
-                if sight == Sight::NotOurs {
+                if sight == Sight::NotOurs && running.contains(&name) {
                     let why = "its dispatch was deleted";
                     self.release(&name, Claim::is_unwatched, why);
                 }
                 continue;
             }
+            let been = || self.past.get(&name).and_then(|past| past.sid.as_ref()) == Some(&sid);
+            let sight = match sight {
+                // Not we, then, but another daemon; and each would put the other out.
+                Sight::Lost { surely: true, .. } if been() => {
+                    tracing::debug!(room = name, "somebody else is there as ours");
+                    Sight::Served
+                }
+                sight => sight,
+            };
             let claims = self.rescue.found(&sid, sight, now);
             let taken = self.claims.rooms().count() as u64;
             let full = self.config.agent.slots > 0 && taken >= self.config.agent.slots;

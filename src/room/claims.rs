@@ -177,6 +177,21 @@ impl Claims {
         .collect()
     }
 
+    /// The server has ended a job, but not what it was for: the claim stays.
+    pub fn orphan(&mut self, job: &str) {
+        let mut claims = self.rooms.values_mut().flatten();
+        if let Some(claim) = claims.find(|claim| claim.job.as_deref() == Some(job)) {
+            claim.job = None;
+            claim.ticket = None;
+        }
+    }
+
+    /// Those without a job.
+    pub fn jobless(&self) -> usize {
+        let claims = self.rooms.values().flatten();
+        claims.filter(|claim| claim.job.is_none()).count()
+    }
+
     /// The server has forgotten who has the jobs, which run on.
     pub fn forget(&mut self) {
         for claim in self.rooms.values_mut().flatten() {

@@ -38,10 +38,9 @@ const DEPARTURE_LIMIT: Duration = Duration::from_secs(2);
 /// microseconds of its media section, and tells nothing about those that have none yet.
 const SUBSCRIPTION_LIMIT: Duration = Duration::from_millis(5);
 
-/// The longest that the server may take to close the connection after we have. Not longer than it
-/// takes to read what is there: the Leave may still wait in the kernel, for an acknowledgement that
-/// takes up to 200 ms (Nagle), and the end of the socket sends it off.
-const GOODBYE_LIMIT: Duration = Duration::from_millis(20);
+/// The longest that the server may take to close the connection after we have. A socket that ends
+/// before with something unread is reset, and a Leave that the network has lost is not sent again.
+const GOODBYE_LIMIT: Duration = Duration::from_millis(100);
 
 /// Frames that wait to be handed to the SDK: two updates and a Leave when the server ends the
 /// room, a mark and two updates when we do.

@@ -44,7 +44,10 @@ impl WsClient for Client {
         }
         let request = request(&url, &headers)?;
         let config = WebSocketConfig::default().read_buffer_size(READ_BUFFER);
-        let connecting = connect_async_with_config(request, Some(config), false);
+        // No message waits for the acknowledgement of another: the last one, Leave, could be lost with
+        // the end of the socket.
+        const NO_DELAY: bool = true;
+        let connecting = connect_async_with_config(request, Some(config), NO_DELAY);
         let (socket, _) = timeout(Duration::from_millis(timeout_ms), connecting)
             .await
             .map_err(|_| TransportError::Timeout)?

@@ -58,6 +58,9 @@ const PANICS_WITHIN: Duration = Duration::from_secs(60);
 
 /// After a failure to tell the room something.
 const TELL_AGAIN: Duration = Duration::from_secs(5);
+/// Between two lists of a room at the least, however much it is said to have news: an update that the
+/// network holds up must not look like one that is lost.
+const LIST_PAUSE: Duration = Duration::from_millis(500);
 /// How often subscriptions and sessions are compared with what they should be.
 const REVIEW_EVERY: Duration = Duration::from_secs(1);
 /// Reviews that a subscription may take before it is asked for anew, doubled each time it helps
@@ -133,6 +136,8 @@ pub struct ToRoom {
 #[derive(Debug)]
 pub struct Ended {
     pub how: RoomEnd,
+    /// When that was known; after it everything was closed.
+    pub at: Instant,
     /// The room's SID, if it was joined.
     pub sid: Option<String>,
     /// Participants, by SID, for whose sake the room was joined anew; not to be done twice.
@@ -185,8 +190,13 @@ pub async fn supervise(
 
 impl Ended {
     fn unjoined(how: RoomEnd, tried: HashSet<String>) -> Self {
-        let sid = None;
-        Self { how, sid, tried }
+        let (at, sid) = (Instant::now(), None);
+        Self {
+            how,
+            at,
+            sid,
+            tried,
+        }
     }
 }
 
@@ -365,12 +375,18 @@ impl Supervisor {
                 Ok(()) = self.entry.house.changed() => self.review_all(),
             }
         };
+        let at = Instant::now();
         self.card.closing(first.reason.to_string());
         tracing::info!(room = self.context.room, reason = %first.reason, "closing");
         let sid = self.room.maybe_sid().map(|sid| sid.to_string());
         let tried = std::mem::take(&mut self.tried);
         self.close(first, orders).await;
-        Ended { how, sid, tried }
+        Ended {
+            how,
+            at,
+            sid,
+            tried,
+        }
     }
 
     fn on_event(&mut self, event: RoomEvent) {
@@ -809,9 +825,13 @@ impl Supervisor {
         let (context, room) = (self.room_context.clone(), self.room.clone());
         let (name, look) = (self.context.room.clone(), self.entry.look.clone());
         self.lists.spawn(async move {
+            let sooner = async {
+                tokio::time::sleep(LIST_PAUSE).await;
+                look.notified().await;
+            };
             tokio::select! {
                 () = tokio::time::sleep(pause) => {}
-                () = look.notified() => {}
+                () = sooner => {}
             }
             list(&context, &name, &room).await
         });

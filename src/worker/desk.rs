@@ -55,6 +55,8 @@ pub enum Command {
         job: String,
         result: Result<(), String>,
     },
+    /// How many are served without a job, and take slots all the same.
+    Jobless(usize),
     /// Whether no more jobs are to be taken.
     Drain(bool),
     /// The rooms are left: say what is to be said, and go.
@@ -80,6 +82,7 @@ pub struct Desk {
     /// Of our participant in the rooms.
     attributes: HashMap<String, String>,
     jobs: BTreeMap<String, Phase>,
+    jobless: usize,
     connected: bool,
     registered_before: bool,
     draining: bool,
@@ -103,6 +106,7 @@ impl Desk {
             threshold,
             attributes,
             jobs: BTreeMap::new(),
+            jobless: 0,
             connected: false,
             registered_before: false,
             draining: false,
@@ -252,6 +256,11 @@ impl Desk {
         self.unsent.push_back(update);
     }
 
+    pub fn jobless(&mut self, jobless: usize, now: Instant) {
+        self.jobless = jobless;
+        self.report_changes(now);
+    }
+
     pub fn drain(&mut self, draining: bool, now: Instant) {
         self.draining = draining;
         self.report_changes(now);
@@ -282,7 +291,9 @@ impl Desk {
     fn is_full(&mut self, now: Instant) -> bool {
         let late = |phase: &Phase| matches!(phase, Phase::Offered { until } if *until <= now);
         self.jobs.retain(|_, phase| !late(phase));
-        let taken = self.slots.is_some_and(|slots| self.jobs.len() >= slots);
+        let taken = self
+            .slots
+            .is_some_and(|slots| self.jobs.len() + self.jobless >= slots);
         self.draining || self.loaded || taken
     }
 
@@ -319,9 +330,8 @@ impl Desk {
         }
         let status = self.status(now);
         let job_count = self.job_count() as u32;
-        let slots = self
-            .slots
-            .map_or(0.0, |slots| job_count as f32 / slots as f32);
+        let taken = self.job_count() + self.jobless;
+        let slots = self.slots.map_or(0.0, |slots| taken as f32 / slots as f32);
         self.reported = Some((status, job_count, now));
         self.sequence += 1;
         self.out.push(Request::UpdateWorker(UpdateWorkerStatus {

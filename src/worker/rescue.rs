@@ -31,6 +31,13 @@ use crate::{
 const ROUNDS: u32 = 2;
 /// Rooms that no dispatch of ours is for are looked at more seldom.
 const SELDOM: u32 = 6;
+/// Whether a job's dispatch is still there is asked so often.
+const ASK_AGAIN_AFTER: [Duration; 4] = [
+    Duration::from_millis(250),
+    Duration::from_secs(1),
+    Duration::from_secs(3),
+    Duration::ZERO,
+];
 /// Requests at a time.
 const AT_ONCE: usize = 8;
 /// Rooms that are looked at in one go.
@@ -157,6 +164,25 @@ impl Rescue {
     }
 }
 
+/// Which dispatches a room has. None if the server does not say, though asked more than once.
+pub async fn dispatches(api: &RoomApi, room: &str) -> Option<HashSet<String>> {
+    for pause in ASK_AGAIN_AFTER {
+        match api.list_dispatches(room).await {
+            Ok(dispatches) => {
+                let there = dispatches.into_iter().filter(|d| !is_deleted(d));
+                return Some(there.map(|dispatch| dispatch.id).collect());
+            }
+            Err(error) => tracing::debug!(room, %error, "dispatches can't be listed"),
+        }
+        tokio::time::sleep(pause).await;
+    }
+    None
+}
+
+fn is_deleted(dispatch: &AgentDispatch) -> bool {
+    dispatch.state.as_ref().is_some_and(|s| s.deleted_at != 0)
+}
+
 /// Looks at rooms.
 pub async fn look(api: Arc<RoomApi>, us: Us, rooms: Vec<ListedRoom>) -> Vec<(ListedRoom, Sight)> {
     let looks = stream::iter(rooms).map(|room| {
@@ -174,10 +200,8 @@ pub async fn look(api: Arc<RoomApi>, us: Us, rooms: Vec<ListedRoom>) -> Vec<(Lis
 
 async fn look_at(api: &RoomApi, us: &Us, room: &ListedRoom) -> Result<Sight, ApiError> {
     let dispatches = api.list_dispatches(&room.name).await?;
-    let ours = |dispatch: &&AgentDispatch| {
-        let deleted = dispatch.state.as_ref().is_some_and(|s| s.deleted_at != 0);
-        dispatch.agent_name == us.agent_name && !deleted
-    };
+    let ours =
+        |dispatch: &&AgentDispatch| dispatch.agent_name == us.agent_name && !is_deleted(dispatch);
     let ours: Vec<_> = dispatches.iter().filter(ours).collect();
     if ours.is_empty() {
         return Ok(Sight::NotOurs);

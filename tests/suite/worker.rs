@@ -11,7 +11,7 @@ use std::{
 use livekit_api::services::agent_dispatch::AgentDispatchClient;
 use livekit_protocol::{CreateAgentDispatchRequest, DisconnectReason};
 use rehearsal::{
-    room::{self, JobRecord, JobStatus},
+    room::{self, JobRecord, JobStatus, Mishap},
     stt,
 };
 use roomwarden::{
@@ -296,7 +296,10 @@ async fn a_dispatch_by_name_has_settings_of_its_own_and_can_be_taken_back() {
     );
 
     let report = stop(&daemon).await;
-    assert_eq!(reasons(&report), ["agent job ended (ended by the server)"]);
+    assert_eq!(
+        reasons(&report),
+        ["agent job ended (its dispatch was deleted)"]
+    );
     stage.all_acknowledged(1).await;
     ann.leave().await;
     other.leave().await;
@@ -386,6 +389,52 @@ async fn a_daemon_that_drains_takes_no_jobs_and_ends_with_its_last_room() {
     stage.end().await;
 }
 
+/// To the server the job is over as well when its participant leaves, whyever.
+#[tokio::test(flavor = "multi_thread")]
+async fn whoever_puts_us_out_of_a_room_is_heeded_with_a_job_too() {
+    let stage = stage();
+    let daemon = start(&stage, agent(&stage), 1).await;
+    let ann = stage.speaker("r", "ann").await;
+    stage.streaming(1).await;
+    let removed = stage.api().remove_participant("r", IDENTITY).await;
+    removed.expect("removed");
+    stage.all_acknowledged(1).await;
+    job_over(&stage, "r").await;
+    let report = stop(&daemon).await;
+    // Not because its job was over: then it would be looked for again.
+    assert_eq!(reasons(&report), ["room ended (participant_removed)"]);
+    ann.leave().await;
+    stage.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_job_is_outlived_by_what_it_was_for_when_the_connection_is_made_anew() {
+    let stage = stage();
+    let mut config = agent(&stage);
+    // Nor is it for want of looking.
+    config.rooms.reconcile_interval_ms = 0;
+    let daemon = start(&stage, config, 1).await;
+    let ann = stage.speaker("r", "ann").await;
+    stage.streaming(1).await;
+    assert!(stage.rooms.befall("r", IDENTITY, Mishap::Vanish).await);
+    let anew = |w: &room::Witness| {
+        let room = w.room("r").expect("the room");
+        let stays = room.participants.iter().filter(|p| p.identity == IDENTITY);
+        stays.count() == 2 && room.present().any(|p| p.identity == IDENTITY)
+    };
+    seen(&stage, "we are there again", anew).await;
+    job_over(&stage, "r").await;
+    let goes_on = |w: &stt::Witness| {
+        let last = w.streams.last().expect("a stream");
+        w.opened > 1 && last.end.is_none() && last.audio_seconds > 1.0
+    };
+    let witness = stage.witnessed("ann is heard again", goes_on).await;
+    stop(&daemon).await;
+    stage.all_acknowledged(witness.streams.len()).await;
+    ann.leave().await;
+    stage.end().await;
+}
+
 /// The server removes the participant that a deleted dispatch's job was about, whoever else wants it.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_room_that_is_wanted_otherwise_outlives_a_deleted_dispatch() {
@@ -417,7 +466,6 @@ async fn a_room_that_is_wanted_otherwise_outlives_a_deleted_dispatch() {
             left.any(|reason| reason == DisconnectReason::ParticipantRemoved)
         };
         seen(&stage, "the server removes us", removed).await;
-        // By the other dispatch not at once, since its job is over with the participant.
         stage.witnessed("streams anew", |w| w.opened == 2).await;
         stage.streaming(1).await;
         let report = stop(&daemon).await;
