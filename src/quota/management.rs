@@ -9,7 +9,10 @@ use secrecy::{ExposeSecret, SecretString};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use url::Url;
 
-use crate::{cli, config::Config};
+use crate::{
+    cli,
+    config::{Config, ProviderKind},
+};
 
 /// For one answer.
 const LIMIT: Duration = Duration::from_secs(20);
@@ -53,6 +56,11 @@ pub(super) struct Request {
 impl Management {
     /// Finds the project, unless it is configured. The error says what to do.
     pub async fn connect(config: &Config) -> Result<Self, String> {
+        if config.stt.provider == ProviderKind::LivekitInference {
+            let said = "LiveKit Inference has no API that tells what was used, or is left: see the \
+                        project's page of LiveKit Cloud";
+            return Err(said.to_owned());
+        }
         let key = config.stt.api_key.clone();
         if key.expose_secret().is_empty() {
             return Err("stt.api_key is not set (DEEPGRAM_API_KEY)".to_owned());

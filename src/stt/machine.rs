@@ -385,6 +385,7 @@ fn bounded(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::{super::dialect, *};
+    use crate::config::ProviderKind;
 
     const METADATA: &str = r#"{"type":"Metadata","request_id":"r","duration":1.5,"channels":1}"#;
 
@@ -585,6 +586,27 @@ mod tests {
         }
         assert_eq!(rig.run_until(9000).len(), 1, "owner seen at 7 s");
         assert_eq!(rig.run_until(60_000), [], "nothing of the owner since");
+    }
+
+    #[test]
+    fn a_provider_without_keep_alive_is_asked_to_close_when_the_owner_is_stuck() {
+        for provider in [ProviderKind::DeepgramFlux, ProviderKind::LivekitInference] {
+            let mut config = crate::config::Config::for_tests().stt;
+            config.provider = provider;
+            let start = Instant::now();
+            let machine = Machine::new(start, LIMITS, dialect::of(&config));
+            let mut rig = Rig { machine, start };
+            rig.sent();
+            for ms in [3000, 6000, 9000] {
+                let now = rig.at(ms);
+                rig.machine.owner_alive(now);
+                assert_eq!(rig.run_until(ms), [], "{provider:?}");
+            }
+            let [Action::Text(close), ..] = &rig.run_until(20_000)[..] else {
+                panic!("{provider:?} is not asked");
+            };
+            assert!(close.to_lowercase().contains("close"), "{close}");
+        }
     }
 
     #[test]
