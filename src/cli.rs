@@ -28,6 +28,7 @@ use crate::{
     daemon::{Daemon, Failure, Report},
     dispatch::{self, DispatchArgs},
     force_close::{self, ForceCloseArgs},
+    gateway::{self, Gateway},
     journal::{Journal, Recovered},
     lines::{LineWriter, LogWriter},
     notify::{Notifier, Reload},
@@ -305,6 +306,10 @@ async fn run(args: ConfigArgs, format: Option<LogFormat>) -> u8 {
         Ok(bound) => bound,
         Err(said) => return usage_error(&said),
     };
+    let gateway = match gateway::bind(config.gateway.address()).await {
+        Ok(listener) => listener,
+        Err(said) => return usage_error(&said),
+    };
     let watchdog = match Watchdog::start(&config.shutdown, EXIT_STUCK) {
         Ok(watchdog) => watchdog,
         Err(error) => {
@@ -338,6 +343,7 @@ async fn run(args: ConfigArgs, format: Option<LogFormat>) -> u8 {
         daemon.clone(),
         Box::new(move |filter| refilter.filter_as_asked(filter)),
     );
+    let gateway = Gateway::start(gateway, daemon.clone());
     let reloader = Arc::new(Reloader {
         args,
         format,
@@ -357,7 +363,8 @@ async fn run(args: ConfigArgs, format: Option<LogFormat>) -> u8 {
     };
     let until = Instant::now() + LAST_LINES;
     // Last of all that can be watched, and out of the time for the last lines.
-    control.end(Instant::now() + control::LAST_ANSWERS).await;
+    let answered = Instant::now() + control::LAST_ANSWERS;
+    tokio::join!(control.end(answered), gateway.end(answered));
     if ending == Ending::Closed {
         sinks.flush(until);
     }

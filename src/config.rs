@@ -47,6 +47,7 @@ pub struct Config {
     pub quota: QuotaConfig,
     pub usage_reports: UsageReportsConfig,
     pub control: ControlConfig,
+    pub gateway: GatewayConfig,
     pub log: LogConfig,
 }
 
@@ -351,6 +352,25 @@ pub struct ControlConfig {
     pub read_token_file: Option<PathBuf>,
 }
 
+/// `/v1/listen` for other programs' agents.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct GatewayConfig {
+    /// [`OFF`], or an IP address and a port.
+    pub listen: String,
+    /// What clients give for the provider's key.
+    pub token: Option<SecretString>,
+    pub token_file: Option<PathBuf>,
+    pub watch_interval_ms: u64,
+}
+
+impl GatewayConfig {
+    /// None if it is switched off.
+    pub fn address(&self) -> Option<SocketAddr> {
+        self.listen.parse().ok()
+    }
+}
+
 /// Instead of an address.
 pub const OFF: &str = "off";
 
@@ -520,7 +540,7 @@ impl Config {
         keep!(transcripts.stdout transcripts.room transcripts.room_packet);
         keep!(ledger.enabled ledger.file ledger.retention_days ledger.currency ledger.billed_by);
         keep!(ledger.prices usage_reports.url usage_reports.timeout_ms);
-        keep!(control.listen control.socket);
+        keep!(control.listen control.socket gateway.listen);
         let secret = |config: &Self| {
             let secret = config.usage_reports.secret.as_ref();
             secret.map(|secret| secret.expose_secret().to_owned())

@@ -61,6 +61,8 @@ pub enum CloseReason {
     Deselected,
     /// Somebody asked for it, by the control API.
     Requested,
+    /// The gateway's client asked for it, or has gone; how.
+    ClientDone(String),
     /// The participant is gone; LiveKit's disconnect reason in lower case.
     ParticipantLeft(String),
     /// The agent job is over that the room was transcribed for, and nobody else wants it; why.
@@ -82,6 +84,7 @@ impl fmt::Display for CloseReason {
             Self::StreamFailed => f.write_str("stream failed"),
             Self::Deselected => f.write_str("no longer selected"),
             Self::Requested => f.write_str("requested"),
+            Self::ClientDone(how) => write!(f, "the gateway's client {how}"),
             Self::ParticipantLeft(why) => write!(f, "participant left ({why})"),
             Self::JobEnded(why) => write!(f, "agent job ended ({why})"),
             Self::RoomEnded(why) => write!(f, "room ended ({why})"),

@@ -16,6 +16,7 @@ mod dispatch;
 pub mod domain;
 pub mod failure;
 mod force_close;
+mod gateway;
 pub mod journal;
 pub mod kernel;
 pub mod ledger;

@@ -719,6 +719,7 @@ impl Transcriber {
                     self.done_until(position(end) + samples(ROUNDING));
                 }
             }
+            Report::Opened(_) | Report::Message(_) => {}
             Report::Error(said) => {
                 let (id, key) = (open.stream.id(), &self.key);
                 tracing::error!(%id, %key, said, "the STT provider reports an error");

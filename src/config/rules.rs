@@ -14,7 +14,7 @@ use super::{
 use crate::store;
 
 /// Numbers: the key, whether 0 is allowed and means never, the least and the most, and the unit.
-const RANGES: [(&str, bool, u64, u64, &str); 29] = [
+const RANGES: [(&str, bool, u64, u64, &str); 30] = [
     ("rooms.poll_interval_ms", false, 50, 3_600_000, MS),
     ("rooms.reconcile_interval_ms", true, 50, 3_600_000, MS),
     ("agent.slots", true, 1, 100_000, "jobs"),
@@ -45,6 +45,7 @@ const RANGES: [(&str, bool, u64, u64, &str); 29] = [
     ("budget.month_minutes", true, 1, 1_000_000_000, "minutes"),
     ("budget.warn_at_percent", false, 1, 100, "percent"),
     ("usage_reports.timeout_ms", false, 100, 120_000, MS),
+    ("gateway.watch_interval_ms", false, 50, 60_000, MS),
     ("shutdown.deadline_ms", false, 100, 600_000, MS),
     ("shutdown.hurry_ms", false, 50, 600_000, MS),
 ];
@@ -151,11 +152,13 @@ pub(super) fn check_values(settings: &mut Settings<'_>) {
         let allowed = "it must be a name of 1 to 8 letters, such as USD";
         faults.push(("ledger.currency".to_owned(), allowed.to_owned()));
     }
-    let listen = settings.text("control.listen").unwrap_or_default();
-    if listen != OFF && listen.parse::<SocketAddr>().is_err() {
-        let allowed = "it must be an IP address and a port, such as 127.0.0.1:7460 or [::1]:7460, \
-                       or off";
-        faults.push(("control.listen".to_owned(), allowed.to_owned()));
+    for key in ["control.listen", "gateway.listen"] {
+        let listen = settings.text(key).unwrap_or_default();
+        if listen != OFF && listen.parse::<SocketAddr>().is_err() {
+            let allowed = "it must be an IP address and a port, such as 127.0.0.1:7460 or \
+                           [::1]:7460, or off";
+            faults.push((key.to_owned(), allowed.to_owned()));
+        }
     }
     let filter = settings.text("log.filter");
     if let Some(Err(error)) = filter.map(EnvFilter::try_new) {
@@ -402,9 +405,21 @@ pub(super) fn check_tokens(config: &Config, settings: &mut Settings<'_>) {
             "it needs control.token: without that everybody on this machine may do everything",
         );
     }
+    let gateway = &config.gateway;
+    if gateway.address().is_some() && gateway.token.is_none() {
+        settings.fault(
+            "gateway.listen",
+            "it needs gateway.token or gateway.token_file: what its clients give for the provider's \
+             key (such as what `openssl rand -hex 32` prints)",
+        );
+    }
+    if gateway.address().is_some() && config.stt.provider != ProviderKind::Deepgram {
+        settings.fault("gateway.listen", "it needs stt.provider = \"deepgram\"");
+    }
     for (key, token) in [
         ("control.token", &control.token),
         ("control.read_token", &control.read_token),
+        ("gateway.token", &gateway.token),
     ] {
         let token = token.as_ref().map(ExposeSecret::expose_secret);
         if token.is_some_and(|token| token.len() < MIN_TOKEN) {

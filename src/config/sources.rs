@@ -36,7 +36,7 @@ pub(super) struct Secret {
     pub needed: bool,
 }
 
-pub(super) const SECRETS: [Secret; 8] = [
+pub(super) const SECRETS: [Secret; 9] = [
     Secret {
         key: "livekit.api_key",
         file_key: "livekit.api_key_file",
@@ -91,6 +91,13 @@ pub(super) const SECRETS: [Secret; 8] = [
         file_key: "control.read_token_file",
         variable: "ROOMWARDEN__CONTROL__READ_TOKEN",
         file_variable: "ROOMWARDEN__CONTROL__READ_TOKEN_FILE",
+        needed: false,
+    },
+    Secret {
+        key: "gateway.token",
+        file_key: "gateway.token_file",
+        variable: "ROOMWARDEN__GATEWAY__TOKEN",
+        file_variable: "ROOMWARDEN__GATEWAY__TOKEN_FILE",
         needed: false,
     },
 ];

@@ -152,6 +152,8 @@ pub struct Connected {
 pub struct Provider {
     url: Url,
     config: SttConfig,
+    /// Its streams are spoken on by their owner.
+    is_owners: bool,
     service: Arc<Service>,
     #[cfg(test)]
     in_memory: Option<InMemory>,
@@ -198,9 +200,33 @@ impl Provider {
             url,
             service,
             config: config.clone(),
+            is_owners: false,
             #[cfg(test)]
             in_memory: None,
         }
+    }
+
+    /// For one stream, with the parameters of an owner who speaks `/v1/listen` itself.
+    pub fn of_owner(config: &SttConfig, parameters: &[(String, String)]) -> Self {
+        let mut provider = Self::new(config);
+        provider.is_owners = true;
+        let asked = |name: &str| {
+            let mut of_name = parameters.iter().filter(|(key, _)| key == name);
+            of_name.next().map(|(_, value)| value.clone())
+        };
+        provider.service = Arc::new(Service {
+            provider: provider.service.provider.clone(),
+            model: asked("model").unwrap_or_default(),
+            language: asked("language"),
+            encoding: asked("encoding").unwrap_or_else(|| "container".to_owned()),
+        });
+        let mut url = config.url.clone();
+        url.set_path(provider.url.path());
+        if !parameters.is_empty() {
+            url.query_pairs_mut().extend_pairs(parameters);
+        }
+        provider.url = url;
+        provider
     }
 
     /// As configured, but within the process.
@@ -229,7 +255,10 @@ impl Provider {
 
     /// What a stream of this provider speaks.
     pub fn dialect(&self) -> Box<dyn Dialect> {
-        dialect::of(&self.config)
+        match self.is_owners {
+            true => dialect::of_owner(),
+            false => dialect::of(&self.config),
+        }
     }
 
     /// What the provider says, without the key.

@@ -33,6 +33,11 @@ pub trait Dialect: Send {
     /// What keeps a stream without audio open, if there is such a message.
     fn keep_alive(&self) -> Option<&'static str>;
 
+    /// Whether the stream's owner speaks it: everything is passed on as it is, both ways.
+    fn is_owners(&self) -> bool {
+        false
+    }
+
     /// Asks for what is left of the results, and for the end.
     fn close(&self) -> &'static str;
 
@@ -77,6 +82,11 @@ pub fn of(config: &SttConfig) -> Box<dyn Dialect> {
         }),
         ProviderKind::LivekitInference => Box::new(inference::Inference::new(config)),
     }
+}
+
+/// That of a stream whose owner speaks `/v1/listen` itself: KeepAlive is the owner's to say.
+pub fn of_owner() -> Box<dyn Dialect> {
+    Box::new(listen::OfOwner)
 }
 
 fn request_id(id: Option<String>) -> Option<Said> {

@@ -30,6 +30,7 @@ const END_PATIENCE: Duration = Duration::from_millis(250);
 /// Messages that wait for the socket; beyond that the oldest audio goes. More than what can gather
 /// while a stream is opened and until it counts as stalled.
 const MAX_QUEUED: usize = 2048;
+const MAX_QUEUED_OF_OWNER: usize = 64;
 /// Reasons and ids come from the network: keep what is said of them short.
 const MAX_DETAIL: usize = 300;
 
@@ -56,6 +57,10 @@ pub enum Action {
 /// What the provider reported.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Report {
+    /// There is a stream, with the provider's id of it if the handshake's answer had one.
+    Opened(Option<String>),
+    /// A message as it came, of a stream whose owner speaks the protocol itself.
+    Message(String),
     Result(SpeechResult),
     /// The provider's own words about something that is wrong.
     Error(String),
@@ -138,6 +143,22 @@ impl Machine {
         self.queue.push_back(Action::Audio(page));
     }
 
+    /// A message from an owner who speaks the protocol itself.
+    pub fn say(&mut self, now: Instant, text: String) {
+        self.owner_seen = now;
+        if matches!(self.state, State::Streaming) {
+            self.last_sent = now;
+            self.waiting_since.get_or_insert(now);
+            self.queue.push_back(Action::Text(text.into()));
+        }
+    }
+
+    /// Whether the owner may go on. One who speaks the protocol itself has to wait while the provider
+    /// takes nothing; of others the oldest audio is dropped in the end, since they can't.
+    pub fn takes_more(&self) -> bool {
+        !self.dialect.is_owners() || self.queue.len() < MAX_QUEUED_OF_OWNER
+    }
+
     /// The owner still wants the stream.
     pub fn owner_alive(&mut self, now: Instant) {
         self.owner_seen = now;
@@ -173,6 +194,9 @@ impl Machine {
 
     /// A text message from the provider.
     pub fn text(&mut self, now: Instant, text: &str) {
+        if self.dialect.is_owners() {
+            self.reports.push_back(Report::Message(text.to_owned()));
+        }
         for said in self.dialect.read(text) {
             match said {
                 Said::RequestId(id) => {

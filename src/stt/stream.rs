@@ -42,6 +42,8 @@ const GOOD_AFTER: Duration = Duration::from_secs(3);
 
 enum Command {
     Audio(Page),
+    /// A message of the owner's, as it is.
+    Text(String),
     Alive,
 }
 
@@ -63,6 +65,20 @@ impl StreamHandle {
     /// Queues audio. Never blocks: when the stream is stuck the page is dropped and counted.
     pub fn audio(&mut self, page: Page) {
         if !page.is_empty() && self.commands.try_send(Command::Audio(page)).is_err() {
+            self.dropped_pages += 1;
+        }
+    }
+
+    /// Waits until the stream takes more. Cancel safe.
+    pub fn takes_more(&self) -> impl Future<Output = ()> + Send + use<> {
+        let commands = self.commands.clone();
+        // Closed, it takes anything, and throws it away.
+        async move { drop(commands.reserve_owned().await) }
+    }
+
+    /// Queues a message that goes to the provider as it is.
+    pub fn text(&mut self, text: String) {
+        if self.commands.try_send(Command::Text(text)).is_err() {
             self.dropped_pages += 1;
         }
     }
@@ -147,6 +163,8 @@ async fn run(
 ) {
     let receipt = match connect(&provider, &permit, &mut inbox).await {
         Ok(connected) => {
+            // Whoever has gone needs not be told.
+            let _ = reporter.try_send(Report::Opened(connected.request_id.clone()));
             let mut stream = Owned::new(permit, connected, provider, registry, inbox.orphan_grace);
             drive(stream.live_mut(), &mut inbox, Some(&reporter)).await;
             stream.settle(inbox.reason())
@@ -235,13 +253,13 @@ impl Inbox {
         }
     }
 
-    /// Waits for an order or a command, whichever comes first. Cancel safe.
-    async fn next(&mut self) -> Option<Command> {
+    /// Waits for an order or, if more is taken, a command, whichever comes first. Cancel safe.
+    async fn next(&mut self, takes_more: bool) -> Option<Command> {
         let orphan_grace = self.orphan_grace;
         let new = tokio::select! {
             new = next_order(&mut self.orders, orphan_grace) => new,
             Ok(()) = self.for_all.changed() => self.for_all.borrow_and_update().clone(),
-            command = next_command(&mut self.commands) => return command,
+            command = next_command(&mut self.commands), if takes_more => return command,
         };
         self.obey(new);
         None
@@ -415,9 +433,10 @@ async fn drive(live: &mut Live, inbox: &mut Inbox, reporter: Option<&mpsc::Sende
             return;
         }
         let timeout = live.machine.next_timeout();
+        let takes_more = live.machine.takes_more();
         tokio::select! {
             event = poll_fn(|cx| live.poll_io(cx)) => live.on_io(event),
-            command = inbox.next() => {
+            command = inbox.next(takes_more) => {
                 if let Some(command) = command {
                     live.on_command(command);
                 }
@@ -454,6 +473,7 @@ impl Live {
     fn on_command(&mut self, command: Command) {
         match command {
             Command::Audio(page) => self.machine.audio(now(), page),
+            Command::Text(text) => self.machine.say(now(), text),
             Command::Alive => {
                 self.machine.owner_alive(now());
                 if self.permit.open_for() >= GOOD_AFTER {
@@ -585,8 +605,12 @@ impl Live {
         }
         // The descriptor is closed before the books say so.
         drop(socket);
-        totals.audio_seconds = seconds(samples);
         totals.provider_seconds = machine.provider_seconds();
+        totals.audio_seconds = match samples {
+            // In an encoding that only the provider has read.
+            0 if totals.audio_bytes > 0 => totals.provider_seconds.unwrap_or_default(),
+            samples => seconds(samples),
+        };
         if machine.dropped_audio() > 0 {
             let pages = machine.dropped_audio();
             tracing::warn!(id = %permit.id(), pages, "audio dropped: the provider took none");

@@ -332,12 +332,28 @@ impl Binary {
     /// Waits for its end; how it exited and what it logged.
     pub async fn exit(mut self) -> (ExitStatus, String) {
         let status = tokio::time::timeout(LIMIT, self.child.wait()).await;
-        let status = status.expect("the binary exits").expect("its status");
+        let Ok(status) = status else {
+            let threads = threads(self.pid());
+            panic!("the binary does not exit: {threads:#?}\n{}", self.log());
+        };
+        let status = status.expect("its status");
         // The sender goes with the last line.
         while self.log.changed().await.is_ok() {}
         let log = self.log.borrow().clone();
         (status, log)
     }
+}
+
+/// What a process's threads wait for, as far as the kernel tells.
+fn threads(pid: u32) -> Vec<String> {
+    let tasks = std::fs::read_dir(format!("/proc/{pid}/task"));
+    let told = tasks.into_iter().flatten().flatten().map(|task| {
+        let read = |name| std::fs::read_to_string(task.path().join(name)).unwrap_or_default();
+        ["comm", "wchan", "syscall"]
+            .map(|name| read(name).trim().to_owned())
+            .join(" ")
+    });
+    told.collect()
 }
 
 pub fn send(signal: &str, pid: u32) {

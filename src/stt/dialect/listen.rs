@@ -41,6 +41,31 @@ impl Dialect for Listen {
     }
 }
 
+/// As its owner speaks it.
+pub struct OfOwner;
+
+impl Dialect for OfOwner {
+    fn keep_alive(&self) -> Option<&'static str> {
+        None
+    }
+
+    fn is_owners(&self) -> bool {
+        true
+    }
+
+    fn close(&self) -> &'static str {
+        Listen.close()
+    }
+
+    fn read(&mut self, text: &str) -> Vec<Said> {
+        Listen.read(text)
+    }
+
+    fn is_done_by(&self, code: u16) -> bool {
+        Listen.is_done_by(code)
+    }
+}
+
 #[derive(Deserialize)]
 #[serde(tag = "type")]
 enum ServerMessage {
