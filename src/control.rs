@@ -16,7 +16,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use tokio::{sync::Semaphore, task::JoinSet};
+use tokio::{
+    sync::Semaphore,
+    task::{JoinError, JoinSet},
+};
 use tokio_util::sync::CancellationToken;
 
 use self::{
@@ -145,11 +148,50 @@ async fn query<T: Send + 'static>(
         false => None,
     };
     let path = path.ok_or_else(error::ApiError::no_ledger)?;
-    let _turn = app.queries.acquire().await;
     let asked = move || ask(store::Reader::open(&path)?);
-    match tokio::task::spawn_blocking(asked).await {
+    match in_turn(app.queries.clone(), asked).await {
         Ok(Ok(found)) => Ok(found),
         Ok(Err(error)) => Err(error::ApiError::ledger(&error)),
         Err(_) => Err(error::ApiError::defect()),
+    }
+}
+
+/// Runs it beside the runtime, when it may. The turn is its own: who does not wait for the answer
+/// leaves it running.
+async fn in_turn<T: Send + 'static>(
+    turns: Arc<Semaphore>,
+    run: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, JoinError> {
+    let turn = turns.acquire_owned().await;
+    let running = move || {
+        let _turn = turn;
+        run()
+    };
+    tokio::task::spawn_blocking(running).await
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_query_that_nobody_waits_for_keeps_its_turn() {
+        let turns = Arc::new(Semaphore::new(1));
+        let (begun, has_begun) = tokio::sync::oneshot::channel();
+        let (end, ends) = mpsc::channel::<()>();
+        let query = in_turn(turns.clone(), move || {
+            let _ = begun.send(());
+            let _ = ends.recv();
+        });
+        tokio::select! {
+            _ = query => panic!("it waits for the test"),
+            begun = has_begun => begun.expect("it begins"),
+        }
+        assert_eq!(turns.available_permits(), 0);
+        drop(end);
+        let over = in_turn(turns.clone(), || "over").await;
+        assert_eq!(over.ok(), Some("over"));
     }
 }

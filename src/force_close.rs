@@ -32,6 +32,10 @@ const REQUESTS_AT_ONCE: usize = 8;
 const LOOK_EVERY: Duration = Duration::from_millis(100);
 const RETRY_FIRST: Duration = Duration::from_millis(200);
 const RETRY_MOST: Duration = Duration::from_secs(2);
+/// Of the time that is left: one such part to list who is there, to remove ours, and to remove the
+/// others, which may fail for one who is stuck; and to delete the room, which is what counts.
+const PART_FOR_PEOPLE: u32 = 4;
+const PART_FOR_ROOM: u32 = 2;
 /// A room that is made anew, as by a client that comes back by itself, is closed again so often.
 const MOST_TIMES: usize = 3;
 
@@ -140,7 +144,7 @@ async fn run(args: ForceCloseArgs, format: Option<LogFormat>) -> Result<u8, Fail
         .collect();
     if !patterns.is_empty() {
         let listed = closer
-            .persist(|| api.list_rooms(&[]))
+            .persist(closer.until, || api.list_rooms(&[]))
             .await
             .map_err(unreachable)?;
         let fits = |name: &String| patterns.iter().any(|pattern| pattern.matches(name));
@@ -246,7 +250,8 @@ impl Closer<'_> {
 
     async fn close_once(&self, room: &ListedRoom, receipt: &mut RoomReceipt) -> Outcome {
         let ListedRoom { name, sid } = room;
-        let listed = self.persist(|| self.api.list_participants(name)).await;
+        let by = self.part(PART_FOR_PEOPLE);
+        let listed = self.persist(by, || self.api.list_participants(name)).await;
         // Without a list the room can be deleted all the same.
         let there = match listed {
             Ok(participants) => participants,
@@ -268,10 +273,11 @@ impl Closer<'_> {
             return Outcome::WouldClose;
         }
         for (step, participants) in [(StepKind::RemoveOurs, ours), (StepKind::Remove, others)] {
+            let by = self.part(PART_FOR_PEOPLE);
             let removals = stream::iter(participants).map(|p| async move {
                 let identity = p.identity.as_str();
                 let removed = self
-                    .persist(|| self.api.remove_participant(name, identity))
+                    .persist(by, || self.api.remove_participant(name, identity))
                     .await;
                 (p.identity, removed)
             });
@@ -280,7 +286,8 @@ impl Closer<'_> {
                 self.note(receipt, step, Some(identity), sid, removed);
             }
         }
-        let deleted = self.persist(|| self.api.delete_room(name)).await;
+        let by = self.part(PART_FOR_ROOM);
+        let deleted = self.persist(by, || self.api.delete_room(name)).await;
         self.note(receipt, StepKind::Delete, None, sid, deleted);
         loop {
             match self.listed(name).await {
@@ -305,18 +312,26 @@ impl Closer<'_> {
 
     async fn listed(&self, room: &str) -> Result<Option<ListedRoom>, ApiError> {
         let names = [room.to_owned()];
-        let listed = self.persist(|| self.api.list_rooms(&names)).await?;
+        let listed = self.persist(self.until, || self.api.list_rooms(&names));
+        let listed = listed.await?;
         Ok(listed.into_iter().find(|listed| listed.name == room))
     }
 
-    /// Asks until there is an answer, or the deadline is there. A refusal of the keys is an answer.
+    /// By when a step is given up: it may not use up the time of those that follow it.
+    fn part(&self, part: u32) -> Instant {
+        let now = Instant::now();
+        now + self.until.saturating_duration_since(now) / part
+    }
+
+    /// Asks until there is an answer, or it is too late. A refusal of the keys is an answer.
     async fn persist<T, F: Future<Output = Result<T, ApiError>>>(
         &self,
+        by: Instant,
         ask: impl Fn() -> F,
     ) -> Result<T, ApiError> {
         let mut failures = 0;
         loop {
-            let error = match tokio::time::timeout_at(self.until.into(), ask()).await {
+            let error = match tokio::time::timeout_at(by.into(), ask()).await {
                 Ok(Ok(answer)) => return Ok(answer),
                 Ok(Err(error @ ApiError::Credentials { .. })) => return Err(error),
                 Ok(Err(error)) => error,
@@ -324,7 +339,7 @@ impl Closer<'_> {
             };
             let pause = backoff(failures, RETRY_FIRST, RETRY_MOST, fastrand::f64());
             failures += 1;
-            if Instant::now() + pause >= self.until {
+            if Instant::now() + pause >= by {
                 return Err(error);
             }
             tokio::time::sleep(pause).await;

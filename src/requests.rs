@@ -2,7 +2,7 @@
 //! request is not opened again by the next review of its room.
 
 use std::{
-    collections::HashSet,
+    collections::{HashMap, HashSet},
     fmt,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
@@ -95,40 +95,42 @@ pub struct Exceptions(Arc<Mutex<Excepted>>);
 
 #[derive(Default)]
 struct Excepted {
-    /// SIDs of participants and tracks, which no other ones will ever have.
-    closed: HashSet<String>,
+    /// SIDs of participants and tracks, which no other ones will ever have, and that of the
+    /// participant: who has left has no tracks any more by which these could be found.
+    closed: HashMap<String, String>,
     /// While the daemon drains: the participants, by SID, who were there before.
     before_drain: Option<HashSet<String>>,
 }
 
 impl Exceptions {
-    /// Participants or tracks that are not to be transcribed.
+    /// A participant, or a track of theirs, that is not to be transcribed.
     ///
     /// # Errors
     /// There are too many.
-    pub fn close(&self, sid: &str) -> Result<(), Refused> {
+    pub fn close(&self, participant: &str, sid: &str) -> Result<(), Refused> {
         let mut excepted = self.excepted();
-        if excepted.closed.len() >= MAX_CLOSED && !excepted.closed.contains(sid) {
+        if excepted.closed.len() >= MAX_CLOSED && !excepted.closed.contains_key(sid) {
             return Err(Refused::TooManyClosed);
         }
-        excepted.closed.insert(sid.to_owned());
+        let of = participant.to_owned();
+        excepted.closed.insert(sid.to_owned(), of);
         Ok(())
     }
 
-    /// Also when they are gone for good.
-    pub fn forget(&self, sid: &str) {
-        self.excepted().closed.remove(sid);
+    /// A participant and all tracks of theirs, also when they are gone for good.
+    pub fn forget(&self, participant: &str) {
+        self.excepted().closed.retain(|_, of| of != participant);
     }
 
     pub fn is_closed(&self, sid: &str) -> bool {
-        self.excepted().closed.contains(sid)
+        self.excepted().closed.contains_key(sid)
     }
 
     /// Whether a participant is not to be transcribed.
     pub fn keep_out(&self, participant: &str) -> bool {
         let excepted = self.excepted();
         let came_late = |before: &HashSet<String>| !before.contains(participant);
-        excepted.closed.contains(participant)
+        excepted.closed.contains_key(participant)
             || excepted.before_drain.as_ref().is_some_and(came_late)
     }
 
@@ -165,15 +167,19 @@ mod tests {
     }
 
     #[test]
-    fn what_is_closed_by_request_is_bounded() {
+    fn what_is_closed_by_request_is_bounded_and_forgotten_with_its_participant() {
         let exceptions = Exceptions::default();
-        for n in 0..MAX_CLOSED {
-            assert_eq!(exceptions.close(&n.to_string()), Ok(()));
+        let close = |participant, sid: &str| exceptions.close(participant, sid);
+        assert_eq!(close("PA_1", "PA_1"), Ok(()));
+        for n in 1..MAX_CLOSED - 1 {
+            assert_eq!(close("PA_1", &format!("TR_{n}")), Ok(()));
         }
-        assert_eq!(exceptions.close("more"), Err(Refused::TooManyClosed));
-        assert_eq!(exceptions.close("0"), Ok(()));
-        exceptions.forget("0");
-        assert_eq!(exceptions.close("more"), Ok(()));
-        assert!(exceptions.is_closed("more") && !exceptions.is_closed("0"));
+        assert_eq!(close("PA_2", "TR_of_2"), Ok(()));
+        assert_eq!(close("PA_2", "PA_2"), Err(Refused::TooManyClosed));
+        assert_eq!(close("PA_2", "TR_of_2"), Ok(()));
+        exceptions.forget("PA_1");
+        assert!(!exceptions.keep_out("PA_1") && !exceptions.is_closed("TR_1"));
+        assert_eq!(close("PA_2", "PA_2"), Ok(()));
+        assert!(exceptions.keep_out("PA_2") && exceptions.is_closed("TR_of_2"));
     }
 }

@@ -5,7 +5,7 @@
 use std::{
     collections::{HashSet, VecDeque},
     sync::{Arc, Mutex, PoisonError},
-    time::{Duration, SystemTime},
+    time::{Duration, Instant, SystemTime},
 };
 
 use axum::{
@@ -32,6 +32,8 @@ pub const PATH: &str = "/webhooks/livekit";
 const MAX_BODY: usize = 2 << 20;
 /// For a body to come.
 const BODY_LIMIT: Duration = Duration::from_secs(10);
+/// What is refused is told at once, and then once in so long: anybody can send it.
+const TELL_EVERY: Duration = Duration::from_secs(60);
 /// LiveKit tries for some two minutes; clocks differ.
 const SKEW: Duration = Duration::from_secs(300);
 /// Ids that are remembered; a replay of one that is forgotten is one more hint.
@@ -110,7 +112,11 @@ struct Room {
 pub struct Webhooks {
     verifier: TokenVerifier,
     seen: Mutex<Seen>,
+    refusals: Mutex<Refusals>,
 }
+
+/// The SHA-256 of the body that a token was made for, by who has the secret.
+struct Signed(Vec<u8>);
 
 #[derive(Default)]
 struct Seen {
@@ -137,12 +143,32 @@ impl Seen {
     }
 }
 
+#[derive(Default)]
+struct Refusals {
+    told: Option<Instant>,
+    untold: u64,
+}
+
+impl Refusals {
+    /// If this one is to be told, how many before it were not.
+    fn tell(&mut self, now: Instant) -> Option<u64> {
+        let lately = |told: Instant| now.saturating_duration_since(told) < TELL_EVERY;
+        if self.told.is_some_and(lately) {
+            self.untold += 1;
+            return None;
+        }
+        self.told = Some(now);
+        Some(std::mem::take(&mut self.untold))
+    }
+}
+
 impl Webhooks {
     pub fn new(livekit: &LiveKitConfig) -> Self {
         let secret = livekit.api_secret.expose_secret();
         Self {
             verifier: TokenVerifier::with_api_key(&livekit.api_key, secret),
             seen: Mutex::default(),
+            refusals: Mutex::default(),
         }
     }
 
@@ -156,11 +182,28 @@ impl Webhooks {
         authorization: Option<&str>,
         now: SystemTime,
     ) -> Result<WebhookEvent, Refused> {
+        self.heed(&self.signed(authorization)?, body, now)
+    }
+
+    /// What can be said before there is a body.
+    fn signed(&self, authorization: Option<&str>) -> Result<Signed, Refused> {
         let token = authorization.ok_or(Refused::NoToken)?.trim();
         let token = token.strip_prefix("Bearer ").unwrap_or(token);
         let claims = (self.verifier.verify(token)).map_err(|e| Refused::Token(e.to_string()))?;
-        let hash = STANDARD.decode(claims.sha256).unwrap_or_default();
-        if hash != Sha256::digest(body).as_slice() {
+        match STANDARD.decode(claims.sha256) {
+            Ok(hash) if hash.len() == Sha256::output_size() => Ok(Signed(hash)),
+            // Such as one to join, which participants have.
+            _ => Err(Refused::Body),
+        }
+    }
+
+    fn heed(
+        &self,
+        Signed(hash): &Signed,
+        body: &[u8],
+        now: SystemTime,
+    ) -> Result<WebhookEvent, Refused> {
+        if hash[..] != Sha256::digest(body)[..] {
             return Err(Refused::Body);
         }
         let malformed = |said: &str| Refused::Malformed(said.to_owned());
@@ -190,6 +233,14 @@ impl Webhooks {
             created_at,
         })
     }
+
+    fn refuse(&self, status: StatusCode, refused: &Refused) -> (StatusCode, String) {
+        let mut refusals = self.refusals.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(untold) = refusals.tell(Instant::now()) {
+            tracing::warn!(untold, "a webhook is refused: {refused}");
+        }
+        (status, format!("{refused}\n"))
+    }
 }
 
 /// Takes webhooks at [`PATH`].
@@ -207,6 +258,11 @@ async fn receive(
     let (parts, body) = request.into_parts();
     let authorization = parts.headers.get(AUTHORIZATION);
     let authorization = authorization.and_then(|value| value.to_str().ok());
+    // Who is nobody is not read.
+    let signed = match webhooks.signed(authorization) {
+        Ok(signed) => signed,
+        Err(refused) => return webhooks.refuse(StatusCode::UNAUTHORIZED, &refused),
+    };
     let body = match tokio::time::timeout(BODY_LIMIT, to_bytes(body, MAX_BODY)).await {
         Ok(Ok(body)) => body,
         Ok(Err(_)) => {
@@ -218,20 +274,17 @@ async fn receive(
             return (StatusCode::REQUEST_TIMEOUT, said);
         }
     };
-    let status = match webhooks.verify(&body, authorization, SystemTime::now()) {
+    match webhooks.heed(&signed, &body, SystemTime::now()) {
         Ok(event) => {
             tracing::debug!(event = event.event, room = event.room, "webhook");
             hints.give(&event.room);
-            return (StatusCode::OK, String::new());
+            (StatusCode::OK, String::new())
         }
         // LiveKit was not told that it had come.
-        Err(Refused::Replay) => return (StatusCode::OK, String::new()),
-        Err(refused @ Refused::Malformed(_)) => (StatusCode::BAD_REQUEST, refused),
-        Err(refused) => (StatusCode::UNAUTHORIZED, refused),
-    };
-    let (status, refused) = status;
-    tracing::warn!("a webhook is refused: {refused}");
-    (status, format!("{refused}\n"))
+        Err(Refused::Replay) => (StatusCode::OK, String::new()),
+        Err(refused @ Refused::Malformed(_)) => webhooks.refuse(StatusCode::BAD_REQUEST, &refused),
+        Err(refused) => webhooks.refuse(StatusCode::UNAUTHORIZED, &refused),
+    }
 }
 
 #[cfg(test)]
@@ -340,5 +393,19 @@ mod tests {
             assert!(seen.add(&n.to_string(), 9000, 9000));
         }
         assert_eq!((seen.ids.len(), seen.order.len()), (MAX_IDS, MAX_IDS));
+    }
+
+    #[test]
+    fn refusals_are_told_now_and_then() {
+        let mut refusals = Refusals::default();
+        let begun = Instant::now();
+        assert_eq!(refusals.tell(begun), Some(0));
+        for second in 0..60 {
+            let now = begun + Duration::from_secs(second);
+            assert_eq!(refusals.tell(now), None);
+        }
+        assert_eq!(refusals.tell(begun + TELL_EVERY), Some(60));
+        assert_eq!(refusals.tell(begun + TELL_EVERY), None);
+        assert_eq!(refusals.tell(begun + 3 * TELL_EVERY), Some(1));
     }
 }

@@ -148,7 +148,7 @@ impl RoomApi {
     pub fn too_late(&self) -> ApiError {
         ApiError::Other {
             url: self.url.clone(),
-            said: "no answer by the deadline".to_owned(),
+            said: "no answer in time".to_owned(),
         }
     }
 

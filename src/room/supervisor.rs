@@ -437,7 +437,7 @@ impl Supervisor {
                     // was displaced by another of the same identity.
                     participant::DisconnectReason::UnknownReason => "no reason given".into(),
                     reason => {
-                        self.forget_closed(&participant);
+                        self.asked.exceptions.forget(participant.sid().as_str());
                         snake_case(reason)
                     }
                 };
@@ -537,7 +537,7 @@ impl Supervisor {
         let Some(wanted) = scope.track() else {
             for participant in participants {
                 let sid = participant.sid();
-                self.asked.exceptions.close(sid.as_str())?;
+                self.asked.exceptions.close(sid.as_str(), sid.as_str())?;
                 self.close_session(&sid, CloseReason::Requested);
                 self.review(&participant);
             }
@@ -546,7 +546,8 @@ impl Supervisor {
         for participant in participants {
             let mut publications = participant.track_publications().into_values();
             if let Some(publication) = publications.find(|p| p.sid().as_str() == wanted) {
-                self.asked.exceptions.close(wanted)?;
+                let of = participant.sid();
+                self.asked.exceptions.close(of.as_str(), wanted)?;
                 self.end_track(&participant, publication.sid(), CloseReason::Requested);
                 publication.set_subscribed(false);
                 return Ok(());
@@ -557,19 +558,10 @@ impl Supervisor {
 
     fn reopen(&mut self, scope: &Scope) -> Result<(), Refused> {
         for participant in self.present(scope)? {
-            self.forget_closed(&participant);
+            self.asked.exceptions.forget(participant.sid().as_str());
             self.review(&participant);
         }
         Ok(())
-    }
-
-    /// A participant, and all tracks.
-    fn forget_closed(&self, participant: &RemoteParticipant) {
-        let exceptions = &self.asked.exceptions;
-        exceptions.forget(participant.sid().as_str());
-        for sid in participant.track_publications().into_keys() {
-            exceptions.forget(sid.as_str());
-        }
     }
 
     /// Brings subscriptions and sessions in line with who is to be transcribed, and with what the

@@ -5,6 +5,7 @@ use std::process::Output;
 
 use livekit_api::services::room::CreateRoomOptions;
 use livekit_protocol::DisconnectReason;
+use rehearsal::room::Whom;
 use roomwarden::{
     cli::{EXIT_ABANDONED, EXIT_CHECK, EXIT_OK, EXIT_USAGE},
     daemon::Daemon,
@@ -171,5 +172,34 @@ async fn what_could_not_be_closed_is_told_by_the_exit_code() {
     stage.faults(|_| {}).await;
     let output = roomwarden(&stage, &["force-close", "r"]).await;
     assert_eq!(output.status.code(), Some(EXIT_OK.into()), "{output:?}");
+    stage.end().await;
+}
+
+/// As after a crash of the node that they were on: the room is deleted all the same.
+#[tokio::test(flavor = "multi_thread")]
+async fn who_cannot_be_removed_does_not_keep_the_room() {
+    let stage = Stage::new().await;
+    let ann = stage.speaker("r", "ann").await;
+    let bob = stage.speaker("r", "bob").await;
+    stage
+        .faults(|faults| faults.removals_unanswered = Whom::identity("ann"))
+        .await;
+    let args = ["force-close", "r", "--deadline", "12", "--json"];
+    let output = roomwarden(&stage, &args).await;
+    assert_eq!(output.status.code(), Some(EXIT_OK.into()), "{output:?}");
+    let done = report(&output);
+    assert_eq!(outcomes(&done), ["closed"], "{done}");
+    assert_eq!(stage.rooms.witness().live_rooms().count(), 0);
+    // But it is told.
+    let steps = done["rooms"][0]["steps"].as_array().expect("steps");
+    let removal = |who: &str| {
+        let of = |step: &&Value| step["step"] == "remove" && step["participant"] == who;
+        &steps.iter().find(of).expect("a removal")["result"]
+    };
+    assert!(removal("ann")["failed"].is_string(), "{done}");
+    assert_eq!(removal("bob"), "done");
+    for speaker in [ann, bob] {
+        speaker.leave().await;
+    }
     stage.end().await;
 }

@@ -15,7 +15,7 @@ use tokio::time::timeout;
 
 use crate::{
     limits::{Sessions, quickly},
-    stage::{LIMIT, Stage},
+    stage::{LIMIT, Stage, on_a_port_of_its_own},
 };
 
 const PEOPLE: usize = 50;
@@ -197,12 +197,11 @@ async fn streams_that_end_at_once_are_made_up_for() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_provider_that_comes_up_later_is_found() {
     let stage = Stage::new().await;
-    let reserved = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a port");
-    let port = reserved.local_addr().expect("an address").port();
+    let port =
+        on_a_port_of_its_own(|port| TcpListener::bind((Ipv4Addr::LOCALHOST, port)).map(|_| port));
     let mut config = quickly(&stage);
     let url = format!("ws://127.0.0.1:{port}");
     config.url = url.parse().expect("a URL");
-    drop(reserved);
     let sessions = Sessions::start(&config, PEOPLE, LIMIT * 10);
     trouble(&sessions.gate, Cause::Unreachable).await;
     let later = stt::Config {

@@ -208,6 +208,14 @@ impl Stage {
     }
 }
 
+/// What starts on a port that nobody gets by asking for a free one, so that it is free again later.
+pub fn on_a_port_of_its_own<T, E>(start: impl Fn(u16) -> Result<T, E>) -> T {
+    let mut ports = (0..100).map(|_| fastrand::u16(20_000..30_000));
+    ports
+        .find_map(|port| start(port).ok())
+        .expect("a free port")
+}
+
 fn is_in_a_room(witness: &room::Witness, identity: &str) -> bool {
     let mut present = witness.live_rooms().flat_map(|room| room.present());
     present.any(|p| p.identity == identity)

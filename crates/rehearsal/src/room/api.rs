@@ -87,6 +87,11 @@ impl Core {
         request: &proto::RoomParticipantIdentity,
     ) -> Result<proto::RemoveParticipantResponse> {
         let key = self.find(&request.room, &request.identity)?;
+        let faults = self.faults.borrow().clone();
+        if faults.removals_unanswered.includes(&request.identity) {
+            let message = "no response from servers";
+            return Err(TwirpError::new(Code::DeadlineExceeded, message));
+        }
         self.remove(key, DisconnectReason::ParticipantRemoved);
         Ok(proto::RemoveParticipantResponse {})
     }

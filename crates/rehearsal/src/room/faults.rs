@@ -53,6 +53,9 @@ pub struct Faults {
     pub api_refused: bool,
     /// The API answers every call with an error (503).
     pub api_failing: bool,
+    /// Whom the API cannot remove, as if the node that they are on were gone: it waits for that,
+    /// and then says so (408).
+    pub removals_unanswered: Whom,
     /// Webhooks about whom are recorded and not sent; if about everyone, those about rooms too.
     pub webhooks_lost: Whom,
 }

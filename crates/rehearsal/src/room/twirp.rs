@@ -11,14 +11,18 @@ use livekit_protocol as proto;
 use livekit_token::Claims;
 use serde::{Serialize, de::DeserializeOwned};
 use serde_json::{Map, Value, json};
+use std::time::Duration;
 
 const JSON: &str = "application/json";
 const PROTOBUF: &str = "application/protobuf";
+/// How long another node is waited for, which is longer than clients wait.
+const NODE_TIMEOUT: Duration = Duration::from_secs(15);
 
 /// Twirp's error codes, as far as they are used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Code {
     BadRoute,
+    DeadlineExceeded,
     FailedPrecondition,
     Internal,
     InvalidArgument,
@@ -109,11 +113,15 @@ async fn room_service(method: &str, call: Call<'_>) -> Result<Response, TwirpErr
             .await
         }
         "RemoveParticipant" => {
-            call.run(
+            let removed = call.run(
                 admin(|r: &proto::RoomParticipantIdentity| &r.room),
                 |c, r| c.api_remove_participant(&r),
-            )
-            .await
+            );
+            let removed = removed.await;
+            if matches!(&removed, Err(error) if error.code == Code::DeadlineExceeded) {
+                tokio::time::sleep(NODE_TIMEOUT).await;
+            }
+            removed
         }
         "MutePublishedTrack" => {
             call.run(admin(|r: &proto::MuteRoomTrackRequest| &r.room), |c, r| {
@@ -249,6 +257,7 @@ impl IntoResponse for TwirpError {
     fn into_response(self) -> Response {
         let (code, status) = match self.code {
             Code::BadRoute => ("bad_route", StatusCode::NOT_FOUND),
+            Code::DeadlineExceeded => ("deadline_exceeded", StatusCode::REQUEST_TIMEOUT),
             Code::FailedPrecondition => ("failed_precondition", StatusCode::PRECONDITION_FAILED),
             Code::Internal => ("internal", StatusCode::INTERNAL_SERVER_ERROR),
             Code::InvalidArgument => ("invalid_argument", StatusCode::BAD_REQUEST),
