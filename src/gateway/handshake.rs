@@ -210,7 +210,8 @@ async fn open(
         return Err(closing());
     }
     let tie = tie(&shared, &place, config.gateway.watch_interval_ms).await?;
-    let gate = shared.daemon.gate();
+    // What is wrong with what one client asks for keeps nobody else out.
+    let gate = shared.daemon.gate().for_own_settings();
     let admission = tokio::time::timeout(PLACE_WITHIN, gate.admit(0)).await;
     let admission = admission.map_err(|_| no_place(gate.trouble().borrow().as_deref()))?;
     let provider = Arc::new(Provider::of_owner(&config.stt, &parameters));

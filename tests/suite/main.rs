@@ -16,6 +16,7 @@ mod dev;
 mod force_close;
 #[cfg(target_os = "linux")]
 mod frozen;
+mod gateway;
 mod killed;
 mod ledger;
 mod limits;
