@@ -331,7 +331,28 @@ pub struct UsageReportsConfig {
     /// None for `livekit.api_secret`.
     pub secret: Option<SecretString>,
     pub secret_file: Option<PathBuf>,
+    pub events: Vec<ReportEvent>,
     pub timeout_ms: u64,
+}
+
+/// What is reported.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ReportEvent {
+    StreamSettled,
+    /// Everything of a participant's is closed.
+    SessionFinished,
+    RoomFinished,
+}
+
+impl ReportEvent {
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::StreamSettled => "stream_settled",
+            Self::SessionFinished => "session_finished",
+            Self::RoomFinished => "room_finished",
+        }
+    }
 }
 
 /// The control API.
@@ -539,7 +560,7 @@ impl Config {
         keep!(agent.load_percent);
         keep!(transcripts.stdout transcripts.room transcripts.room_packet);
         keep!(ledger.enabled ledger.file ledger.retention_days ledger.currency ledger.billed_by);
-        keep!(ledger.prices usage_reports.url usage_reports.timeout_ms);
+        keep!(ledger.prices usage_reports.url usage_reports.events usage_reports.timeout_ms);
         keep!(control.listen control.socket gateway.listen);
         let secret = |config: &Self| {
             let secret = config.usage_reports.secret.as_ref();
@@ -1164,11 +1185,13 @@ mod tests {
             assert!(text.contains(&path), "{path}");
             text = text.replace(&path, secret.path());
         }
-        let tokens = ["token-for-all-of-it", "token-for-reading"].map(Temporary::new);
-        for (name, token) in ["roomwarden_token", "roomwarden_read_token"]
-            .iter()
-            .zip(&tokens)
-        {
+        let tokens = [
+            ("roomwarden_token", "token-for-all-of-it"),
+            ("roomwarden_read_token", "token-for-reading"),
+            ("roomwarden_gateway_token", "token-for-clients"),
+        ]
+        .map(|(name, token)| (name, Temporary::new(token)));
+        for (name, token) in &tokens {
             let path = format!("/run/secrets/{name}\"");
             assert!(text.contains(&path), "{path}");
             text = text.replace(&path, &format!("{}\"", token.path()));

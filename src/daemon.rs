@@ -39,7 +39,7 @@ use crate::{
         supervisor::{self, Asked, Ended, Entry, House, Missing, RoomContext, RoomEnd, Terms},
     },
     session::{Context, Settings, Stt},
-    store::Store,
+    store::{Finished, Store},
     stt::{
         connect::Provider,
         gate::{Gate, Limits},
@@ -849,6 +849,22 @@ impl Root {
             }
         };
         self.tell_jobs_of(&running, &how);
+        // It goes on, after a moment.
+        if !matches!(how, RoomEnd::Stale)
+            && let Some(store) = self.registry.ledger().store()
+            && let Some(sid) = sid.as_ref()
+        {
+            let now = unix_ms(SystemTime::now());
+            let lasted = running.joined.elapsed().as_millis() as u64;
+            store.finished(Finished {
+                room: running.name.clone(),
+                room_sid: Some(sid.clone()),
+                participant: None,
+                begun_at_ms: now.saturating_sub(lasted),
+                ended_at_ms: now,
+                reason: how.to_string(),
+            });
+        }
         let order = running.orders.borrow().clone();
         let reason = order.map(|order| order.reason);
         let deselected = reason == Some(CloseReason::Deselected);

@@ -1,6 +1,7 @@
-//! Usage reports: every stream that is settled is told to a webhook, one by one and in order. What
-//! is due is marked in the ledger in the transaction that books the stream, and the mark goes when
-//! the receiver has taken it, so that no restart loses a report. One may come twice; its id says so.
+//! Usage reports: every stream that is settled is told to a webhook, one by one and in order, and
+//! after its streams every session and room of which everything is closed. What is due is marked in the
+//! ledger in the transaction that books the stream, and the mark goes when the receiver has taken it, so
+//! that no restart loses a report. One may come twice; its id says so.
 //!
 //! They are signed as LiveKit signs its webhooks: a token in `Authorization`, with a hash of the body
 //! in it. It is minted at the moment of sending and kept nowhere.
@@ -11,7 +12,7 @@ use base64::{Engine, engine::general_purpose::STANDARD};
 use livekit_api::access_token::AccessToken;
 use livekit_net::{Header, HttpClient, HttpClientExt};
 use secrecy::{ExposeSecret, SecretString};
-use serde_json::json;
+use serde_json::Value;
 use sha2::{Digest, Sha256};
 use tokio_util::sync::CancellationToken;
 use url::Url;
@@ -20,7 +21,7 @@ use crate::{
     cli,
     config::Config,
     domain::backoff,
-    store::{Due, Store},
+    store::{Due, Store, Taken},
 };
 
 /// Of a token: enough for clocks that differ.
@@ -62,17 +63,17 @@ impl Webhook {
     /// failure; the rest is for the next start. Cancel safe: at worst a report is sent again.
     pub async fn deliver(self, store: Store, closing: CancellationToken) {
         // Marks may be written late, or never if the disk is full: no report is sent for that.
-        let mut after = 0;
+        let mut taken = Taken::default();
         let mut failures = 0;
         loop {
-            let Some(due) = store.next_due(after).await else {
+            let Some(due) = store.next_due(taken).await else {
                 tokio::select! {
                     biased;
                     () = store.changed() => continue,
                     () = closing.cancelled() => {}
                 }
                 // What came with the close.
-                if store.next_due(after).await.is_some() {
+                if store.next_due(taken).await.is_some() {
                     continue;
                 }
                 return;
@@ -83,19 +84,19 @@ impl Webhook {
                         tracing::info!("usage reports are delivered again");
                     }
                     failures = 0;
-                    after = due.seq;
-                    store.delivered(due.seq);
+                    taken.take(due.mark);
+                    store.delivered(due.mark);
                 }
                 Err(said) => {
                     let url = cli::shown(&self.url);
                     if failures == 0 {
                         tracing::error!(
-                            receipt = due.receipt,
+                            report = due.id,
                             "usage reports can't be delivered to {url}: {said}; they are kept, and \
                              tried again in their order"
                         );
                     } else {
-                        tracing::debug!(receipt = due.receipt, failures, said, "not delivered");
+                        tracing::debug!(report = due.id, failures, said, "not delivered");
                     }
                     if closing.is_cancelled() {
                         return;
@@ -109,13 +110,11 @@ impl Webhook {
     }
 
     async fn send(&self, due: &Due) -> Result<(), String> {
-        let body = json!({
-            "event": "stream_settled",
-            "id": due.receipt,
-            "createdAt": due.settled_at_ms / 1000,
-            "stream": due.stream,
-        });
-        let body = body.to_string();
+        let mut body = due.content.clone();
+        body.insert("event".to_owned(), due.event.into());
+        body.insert("id".to_owned(), due.id.as_str().into());
+        body.insert("createdAt".to_owned(), (due.at_ms / 1000).into());
+        let body = Value::Object(body).to_string();
         match self.post(due, &body).await? {
             // By a token that was too old or too new, most likely.
             (UNAUTHORIZED, _) => match self.post(due, &body).await? {
@@ -137,7 +136,7 @@ impl Webhook {
         let headers = vec![
             header("Authorization", &token),
             header("Content-Type", "application/webhook+json"),
-            header("Idempotency-Key", &due.receipt),
+            header("Idempotency-Key", &due.id),
         ];
         let sent = self.client.post(self.url.to_string(), headers, body.into());
         let answer = match tokio::time::timeout(self.timeout, sent).await {

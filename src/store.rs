@@ -25,7 +25,7 @@ use std::{
 };
 
 use rusqlite::{Connection, ErrorCode, OptionalExtension, TransactionBehavior, params};
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 use thiserror::Error;
 use tokio::sync::{oneshot, watch};
 
@@ -35,11 +35,15 @@ pub use self::{
     row::receipt,
 };
 use crate::{
-    config::Config,
-    journal::{Journal, Over},
+    config::{Config, ReportEvent},
+    journal::{Journal, Over, file_name},
     ledger::{Settled, unix_ms},
 };
 
+/// Of a room or a session, the last ones are reported one by one.
+const MAX_RECEIPTS: usize = 1000;
+/// Beginnings are measured by two clocks.
+const CLOCKS_DIFFER_MS: u64 = 20;
 /// Rows in one transaction.
 const BATCH: usize = 1000;
 /// Rows that wait for a database that can't be written; the journal has them as well.
@@ -124,8 +128,10 @@ pub struct Settings {
     pub prices: Prices,
     /// After so long a receipt is deleted; none for never.
     pub retention: Option<Duration>,
-    /// Whether streams are marked as due for a usage report.
+    /// Whether there are usage reports.
     pub reports: bool,
+    /// Of what.
+    pub events: Vec<ReportEvent>,
 }
 
 impl Settings {
@@ -136,8 +142,15 @@ impl Settings {
             daemon: config.rooms.identity.clone(),
             prices: Prices::new(&config.ledger),
             reports: config.usage_reports.url.is_some(),
+            events: config.usage_reports.events.clone(),
             retention: (days > 0).then(|| Duration::from_secs(days * 24 * 3600)),
         }
+    }
+}
+
+impl Settings {
+    fn reports(&self, event: ReportEvent) -> bool {
+        self.reports && self.events.contains(&event)
     }
 }
 
@@ -158,21 +171,67 @@ struct Shared {
 
 enum Message {
     Over(Over),
-    /// Asks for the next usage report after this number.
-    NextDue(i64, oneshot::Sender<Option<Due>>),
-    Delivered(i64),
+    Finished(Finished),
+    /// Asks for the next report after these.
+    NextDue(Taken, oneshot::Sender<Option<Due>>),
+    Delivered(Mark),
 }
 
-/// A stream that is to be reported.
+/// A room, or somebody's session in it, of which everything is closed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Finished {
+    pub room: String,
+    pub room_sid: Option<String>,
+    /// The identity, of a session.
+    pub participant: Option<String>,
+    /// Unix time, in milliseconds.
+    pub begun_at_ms: u64,
+    pub ended_at_ms: u64,
+    pub reason: String,
+}
+
+impl Finished {
+    fn event(&self) -> ReportEvent {
+        match self.participant {
+            Some(_) => ReportEvent::SessionFinished,
+            None => ReportEvent::RoomFinished,
+        }
+    }
+}
+
+/// Names what is due.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Mark {
+    Stream(i64),
+    Finished(i64),
+}
+
+/// What was taken already, whether or not that could be written down.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Taken {
+    stream: i64,
+    finished: i64,
+}
+
+impl Taken {
+    pub fn take(&mut self, mark: Mark) {
+        match mark {
+            Mark::Stream(seq) => self.stream = seq,
+            Mark::Finished(seq) => self.finished = seq,
+        }
+    }
+}
+
+/// What is to be reported.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Due {
-    /// In the order of settlement.
-    pub seq: i64,
-    /// Names the stream, and the report of it.
-    pub receipt: String,
-    pub settled_at_ms: u64,
-    /// All that is known of it, as it is exported.
-    pub stream: Map<String, Value>,
+    pub mark: Mark,
+    pub event: &'static str,
+    /// Names the report.
+    pub id: String,
+    pub at_ms: u64,
+    /// All that is known of it.
+    pub content: Map<String, Value>,
 }
 
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -216,7 +275,9 @@ impl Store {
         let mut writer = Writer {
             settings,
             database: None,
+            run,
             waiting: VecDeque::new(),
+            finished: Vec::new(),
             delivered: Vec::new(),
             journal,
             progress,
@@ -254,18 +315,25 @@ impl Store {
         }
     }
 
-    /// The next stream that is to be reported, after this number; none if there is none, or if the
-    /// database can't be read. Cancel safe.
-    pub async fn next_due(&self, after: i64) -> Option<Due> {
+    /// Everything of a room or a session is closed, after the streams that were settled before. Never
+    /// blocks; forgotten if nothing is reported.
+    pub fn finished(&self, finished: Finished) {
+        self.0.queued.fetch_add(1, Ordering::Relaxed);
+        let _ = self.0.messages.send(Message::Finished(finished));
+    }
+
+    /// What is to be reported next; none if there is nothing, or if the database can't be read. In the
+    /// order in which it happened. Cancel safe.
+    pub async fn next_due(&self, taken: Taken) -> Option<Due> {
         let (reply, answer) = oneshot::channel();
-        self.0.messages.send(Message::NextDue(after, reply)).ok()?;
+        self.0.messages.send(Message::NextDue(taken, reply)).ok()?;
         answer.await.ok()?
     }
 
-    /// The report of this number need not be sent again.
-    pub fn delivered(&self, seq: i64) {
+    /// This need not be sent again.
+    pub fn delivered(&self, mark: Mark) {
         self.0.queued.fetch_add(1, Ordering::Relaxed);
-        let _ = self.0.messages.send(Message::Delivered(seq));
+        let _ = self.0.messages.send(Message::Delivered(mark));
     }
 
     /// Waits until more is in the database than at the last time. Cancel safe.
@@ -324,9 +392,11 @@ impl Clocks {
 struct Writer {
     settings: Settings,
     database: Option<Database>,
+    run: u64,
     waiting: VecDeque<Over>,
-    /// Numbers of streams whose report was taken.
-    delivered: Vec<i64>,
+    finished: Vec<Finished>,
+    /// What was reported.
+    delivered: Vec<Mark>,
     journal: Option<Journal>,
     progress: watch::Sender<Progress>,
     failing: bool,
@@ -363,10 +433,14 @@ impl Writer {
     fn take(&mut self, message: Message) {
         match message {
             Message::Over(over) => self.waiting.push_back(over),
-            Message::Delivered(seq) => self.delivered.push(seq),
-            Message::NextDue(after, reply) => {
+            Message::Finished(finished) if self.settings.reports(finished.event()) => {
+                self.finished.push(finished);
+            }
+            Message::Finished(_) => self.progress.send_modify(|p| p.done += 1),
+            Message::Delivered(mark) => self.delivered.push(mark),
+            Message::NextDue(taken, reply) => {
                 let daemon = &self.settings.daemon;
-                let due = self.database.as_ref().map(|db| db.next_due(daemon, after));
+                let due = self.database.as_ref().map(|db| db.next_due(daemon, taken));
                 let due = due.unwrap_or(Ok(None)).unwrap_or_else(|error| {
                     self.failed(&StoreError::of(&self.settings.path)(error));
                     None
@@ -384,10 +458,22 @@ impl Writer {
             self.given_up += 1;
             self.progress.send_modify(|p| p.done += 1);
         }
+        let too_many = self.finished.len().saturating_sub(MAX_WAITING);
+        self.finished.drain(..too_many);
+        self.progress.send_modify(|p| p.done += too_many as u64);
     }
 
     fn write_all(&mut self) {
-        while !self.waiting.is_empty() || !self.delivered.is_empty() || self.failing {
+        let there_is = |writer: &Self| {
+            let Self {
+                waiting,
+                finished,
+                delivered,
+                ..
+            } = writer;
+            !waiting.is_empty() || !finished.is_empty() || !delivered.is_empty()
+        };
+        while there_is(self) || self.failing {
             match self.write() {
                 Ok(()) if self.failing => {
                     (self.failing, self.suspect) = (false, false);
@@ -434,10 +520,21 @@ impl Writer {
         };
         let batch = self.waiting.len().min(BATCH);
         let entries = self.waiting.iter().take(batch);
-        database
-            .write(entries, &self.delivered, &self.settings)
-            .map_err(StoreError::of(path))?;
-        let delivered = std::mem::take(&mut self.delivered).len();
+        // Not before the streams that are in it.
+        let finished = match batch == self.waiting.len() {
+            true => std::mem::take(&mut self.finished),
+            false => Vec::new(),
+        };
+        let marks = Marks {
+            run: self.run,
+            finished: &finished,
+            delivered: &self.delivered,
+        };
+        if let Err(error) = database.write(entries, &marks, &self.settings) {
+            self.finished.splice(..0, finished);
+            return Err(StoreError::of(path)(error));
+        }
+        let marked = std::mem::take(&mut self.delivered).len() + finished.len();
         let names: HashSet<_> = self
             .waiting
             .drain(..batch)
@@ -447,7 +544,7 @@ impl Writer {
             journal.stored(&names);
         }
         self.progress
-            .send_modify(|p| p.done += (batch + delivered) as u64);
+            .send_modify(|p| p.done += (batch + marked) as u64);
         Ok(())
     }
 
@@ -481,6 +578,13 @@ impl Writer {
     }
 }
 
+/// What is written beside the streams.
+struct Marks<'a> {
+    run: u64,
+    finished: &'a [Finished],
+    delivered: &'a [Mark],
+}
+
 /// An open database, to write to.
 struct Database {
     connection: Connection,
@@ -510,7 +614,7 @@ impl Database {
     fn write<'a>(
         &mut self,
         entries: impl Iterator<Item = &'a Over>,
-        delivered: &[i64],
+        marks: &Marks<'_>,
         settings: &Settings,
     ) -> rusqlite::Result<()> {
         let transaction = self
@@ -521,31 +625,121 @@ impl Database {
             for over in entries {
                 row::insert(&mut insert, over, settings)?;
             }
-            let mut mark = transaction.prepare("UPDATE streams SET due = 0 WHERE seq = ?1")?;
-            for seq in delivered {
-                mark.execute([seq])?;
+            let mut insert = transaction.prepare(row::INSERT_FINISHED)?;
+            for finished in marks.finished {
+                row::insert_finished(&mut insert, marks.run, finished, settings)?;
+            }
+            let mut stream = transaction.prepare("UPDATE streams SET due = 0 WHERE seq = ?1")?;
+            let mut finished = transaction.prepare("DELETE FROM finished WHERE seq = ?1")?;
+            for mark in marks.delivered {
+                match mark {
+                    Mark::Stream(seq) => stream.execute([seq])?,
+                    Mark::Finished(seq) => finished.execute([seq])?,
+                };
             }
         }
         transaction.commit()
     }
 
-    fn next_due(&self, daemon: &str, after: i64) -> rusqlite::Result<Option<Due>> {
+    fn next_due(&self, daemon: &str, taken: Taken) -> rusqlite::Result<Option<Due>> {
+        let finished = self.next_finished(daemon, taken.finished)?;
+        let until = finished.as_ref().map_or(i64::MAX, |(_, last)| *last);
         let sql = format!(
-            "SELECT {}, settled_at_ms FROM streams
-            WHERE due = 1 AND daemon = ?1 AND seq > ?2 ORDER BY seq LIMIT 1",
+            "SELECT {}, seq, settled_at_ms FROM streams
+            WHERE due = 1 AND daemon = ?1 AND seq > ?2 AND seq <= ?3 ORDER BY seq LIMIT 1",
             read::columns()
         );
-        let due = self
+        let values = params![daemon, taken.stream, until];
+        let stream = self.connection.query_row(&sql, values, |row| {
+            let stream = read::object(row)?;
+            Ok(Due {
+                mark: Mark::Stream(row.get("seq")?),
+                event: ReportEvent::StreamSettled.name(),
+                id: row.get("receipt")?,
+                at_ms: row.get("settled_at_ms")?,
+                content: Map::from_iter([("stream".to_owned(), stream.into())]),
+            })
+        });
+        Ok(stream.optional()?.or(finished.map(|(due, _)| due)))
+    }
+
+    /// With the number of its last stream.
+    fn next_finished(&self, daemon: &str, after: i64) -> rusqlite::Result<Option<(Due, i64)>> {
+        let sql = "SELECT * FROM finished WHERE daemon = ?1 AND seq > ?2 ORDER BY seq LIMIT 1";
+        let finished = self
             .connection
-            .query_row(&sql, params![daemon, after], |row| {
-                Ok(Due {
-                    seq: row.get("seq")?,
-                    receipt: row.get("receipt")?,
-                    settled_at_ms: row.get("settled_at_ms")?,
-                    stream: read::object(row)?,
-                })
+            .query_row(sql, params![daemon, after], |row| {
+                let (seq, run, last): (i64, i64, i64) =
+                    (row.get("seq")?, row.get("run")?, row.get("last")?);
+                let finished = Finished {
+                    room: row.get("room")?,
+                    room_sid: row.get("room_sid")?,
+                    participant: row.get("participant")?,
+                    begun_at_ms: row.get("begun_at_ms")?,
+                    ended_at_ms: row.get("ended_at_ms")?,
+                    reason: row.get("reason")?,
+                };
+                Ok((seq, run, last, finished))
             });
-        due.optional()
+        let Some((seq, run, last, finished)) = finished.optional()? else {
+            return Ok(None);
+        };
+        let content = self.account(daemon, run, last, &finished)?;
+        let due = Due {
+            mark: Mark::Finished(seq),
+            event: finished.event().name(),
+            id: format!("{}/{run}/finished/{seq}", file_name(daemon)),
+            at_ms: finished.ended_at_ms,
+            content,
+        };
+        Ok(Some((due, last)))
+    }
+
+    /// The streams of a room or a session, by outcome and one by one.
+    fn account(
+        &self,
+        daemon: &str,
+        run: i64,
+        last: i64,
+        finished: &Finished,
+    ) -> rusqlite::Result<Map<String, Value>> {
+        const OF_IT: &str = "daemon = ?1 AND run = ?2 AND seq <= ?3 AND room = ?4
+            AND opened_at_ms BETWEEN ?5 AND ?6 AND participant = coalesce(?7, participant)";
+        let begun = finished.begun_at_ms.saturating_sub(CLOCKS_DIFFER_MS);
+        let ended = finished.ended_at_ms + CLOCKS_DIFFER_MS;
+        let who = &finished.participant;
+        let values = params![daemon, run, last, finished.room, begun, ended, who];
+        let sql = format!(
+            "SELECT outcome, count(*), total(audio_seconds) FROM streams WHERE {OF_IT} \
+             GROUP BY outcome"
+        );
+        let mut statement = self.connection.prepare(&sql)?;
+        let mut rows = statement.query(values)?;
+        let (mut outcomes, mut audio_seconds) = (Map::new(), 0.0);
+        while let Some(row) = rows.next()? {
+            outcomes.insert(row.get(0)?, row.get::<_, i64>(1)?.into());
+            audio_seconds += row.get::<_, f64>(2)?;
+        }
+        let columns = read::columns();
+        let sql = format!(
+            "SELECT {columns} FROM streams WHERE {OF_IT} ORDER BY seq DESC LIMIT {MAX_RECEIPTS}"
+        );
+        let mut statement = self.connection.prepare(&sql)?;
+        let receipts = statement.query_map(values, read::object)?;
+        let receipts = receipts.collect::<Result<Vec<_>, _>>()?;
+        let about = json!({
+            "room": finished.room,
+            "room_sid": finished.room_sid,
+            "participant": finished.participant,
+            "begun_at_ms": finished.begun_at_ms,
+            "ended_at_ms": finished.ended_at_ms,
+            "reason": finished.reason,
+            "audio_seconds": audio_seconds,
+            "streams": outcomes,
+            "receipts": receipts,
+        });
+        let name = if who.is_some() { "session" } else { "room" };
+        Ok(Map::from_iter([(name.to_owned(), about)]))
     }
 
     /// Deletes receipts of before a moment, in Unix milliseconds; how many, of at most so many. With

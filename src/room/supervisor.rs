@@ -3,8 +3,9 @@
 
 use std::{
     collections::{HashMap, HashSet, VecDeque},
+    fmt,
     sync::Arc,
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
 
 use futures_util::StreamExt;
@@ -39,8 +40,10 @@ use crate::{
     close::{CloseOrder, order},
     domain::{CloseReason, Transcript},
     failure::{Cause, Trouble},
+    ledger::unix_ms,
     requests::{Answer, Exceptions, Refused, Request, Scope},
     session::{self, Command, Context, Packet, Packets, Track},
+    store::Finished,
 };
 
 /// Packets of a track that wait for the session: 5 s of audio.
@@ -156,6 +159,17 @@ pub enum RoomEnd {
     /// It is to be joined anew at once: the SDK has lost track of who is there, or the server removed
     /// us for a job that the room outlives.
     Stale,
+}
+
+impl fmt::Display for RoomEnd {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Closed => f.write_str("closed"),
+            Self::PutOut(why) => write!(f, "put out ({why})"),
+            Self::Failed(why) => write!(f, "connection failed ({why})"),
+            Self::Stale => f.write_str("joined anew"),
+        }
+    }
 }
 
 /// What is asked of a room while it runs, and what is kept in mind of that beyond.
@@ -287,6 +301,8 @@ struct Subscribing {
 
 struct Running {
     participant: ParticipantSid,
+    identity: String,
+    begun: Instant,
     tracks: HashSet<TrackSid>,
     commands: mpsc::Sender<Command>,
     orders: watch::Sender<Option<CloseOrder>>,
@@ -755,10 +771,18 @@ impl Supervisor {
         // Cannot fail: the channel is new.
         let _ = commands.try_send(first);
         let card = self.card.session(&identity, participant.sid().as_str());
-        let life = session::run(self.context.clone(), identity, card, received, ordered);
+        let life = session::run(
+            self.context.clone(),
+            identity.clone(),
+            card,
+            received,
+            ordered,
+        );
         let id = self.sessions.spawn(life).id();
         let running = Running {
             participant: participant.sid(),
+            identity,
+            begun: Instant::now(),
             tracks: [track].into(),
             commands,
             orders,
@@ -777,6 +801,23 @@ impl Supervisor {
             }
         };
         let running = self.running.remove(&id)?;
+        if let Some(store) = self.context.registry.ledger().store() {
+            let now = unix_ms(SystemTime::now());
+            let lasted = running.begun.elapsed().as_millis() as u64;
+            let order = running.orders.borrow().clone();
+            store.finished(Finished {
+                room: self.context.room.clone(),
+                room_sid: self.room.maybe_sid().map(|sid| sid.to_string()),
+                participant: Some(running.identity),
+                begun_at_ms: now.saturating_sub(lasted),
+                ended_at_ms: now,
+                reason: match order {
+                    Some(order) => order.reason.to_string(),
+                    None if panicked => "a defect".to_owned(),
+                    None => CloseReason::TrackEnded.to_string(),
+                },
+            });
+        }
         let wanted = panicked && running.orders.borrow().is_none();
         wanted.then_some(running.participant)
     }

@@ -2,8 +2,9 @@
 
 use rusqlite::{Statement, named_params};
 
-use super::Settings;
+use super::{Finished, Settings};
 use crate::{
+    config::ReportEvent,
     domain::{Outcome, StreamId},
     journal::{Orphan, Over, StreamName, file_name},
     ledger::Settled,
@@ -94,7 +95,34 @@ fn insert_settled(
         ":reason": reason.to_string(),
         ":cost": cost,
         ":currency": cost.map(|_| &prices.currency),
-        ":due": settings.reports,
+        ":due": settings.reports(ReportEvent::StreamSettled),
+    })?;
+    Ok(())
+}
+
+pub(super) const INSERT_FINISHED: &str = "
+    INSERT INTO finished (
+        daemon, run, room, room_sid, participant, begun_at_ms, ended_at_ms, reason, last
+    ) VALUES (
+        :daemon, :run, :room, :room_sid, :participant, :begun_at_ms, :ended_at_ms, :reason,
+        (SELECT coalesce(max(seq), 0) FROM streams)
+    )";
+
+pub(super) fn insert_finished(
+    statement: &mut Statement<'_>,
+    run: u64,
+    finished: &Finished,
+    settings: &Settings,
+) -> rusqlite::Result<()> {
+    statement.execute(named_params! {
+        ":daemon": settings.daemon,
+        ":run": run,
+        ":room": finished.room,
+        ":room_sid": finished.room_sid,
+        ":participant": finished.participant,
+        ":begun_at_ms": finished.begun_at_ms,
+        ":ended_at_ms": finished.ended_at_ms,
+        ":reason": finished.reason,
     })?;
     Ok(())
 }
@@ -141,7 +169,7 @@ fn insert_orphan(
         ":reason": "daemon killed",
         ":cost": None::<f64>,
         ":currency": None::<&str>,
-        ":due": settings.reports,
+        ":due": settings.reports(ReportEvent::StreamSettled),
     })?;
     Ok(())
 }

@@ -67,6 +67,21 @@ pub(super) const MIGRATIONS: &[&str] = &[
     ALTER TABLE streams ADD COLUMN due INTEGER NOT NULL DEFAULT 0;
     CREATE INDEX streams_due ON streams (daemon, seq) WHERE due = 1;
 ",
+    "
+    -- Rooms and sessions that are over, while that is to be reported; last is their last stream's seq.
+    CREATE TABLE finished (
+        seq INTEGER PRIMARY KEY AUTOINCREMENT,
+        daemon TEXT NOT NULL,
+        run INTEGER NOT NULL,
+        room TEXT NOT NULL,
+        room_sid TEXT,
+        participant TEXT,
+        begun_at_ms INTEGER NOT NULL,
+        ended_at_ms INTEGER NOT NULL,
+        reason TEXT NOT NULL,
+        last INTEGER NOT NULL
+    ) STRICT;
+",
 ];
 
 pub(super) fn known() -> u32 {

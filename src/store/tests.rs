@@ -6,6 +6,7 @@ use std::fs;
 
 use super::*;
 use crate::{
+    config::ReportEvent,
     domain::{CloseReason, Outcome, Phase, Service, StreamId, StreamKey, StreamTotals},
     journal::{Orphan, Recovered},
     registry::{OpenStream, StreamState},
@@ -23,6 +24,7 @@ fn settings(path: &Path) -> Settings {
         prices: Prices::default(),
         retention: None,
         reports: false,
+        events: vec![ReportEvent::StreamSettled],
     }
 }
 
@@ -82,7 +84,9 @@ fn writer(path: &Path, journal: Option<Journal>) -> Writer {
     Writer {
         settings: settings(path),
         database: None,
+        run: 1,
         waiting: VecDeque::new(),
+        finished: Vec::new(),
         delivered: Vec::new(),
         journal,
         progress: watch::Sender::default(),
@@ -288,8 +292,13 @@ async fn a_crash_at_any_step_between_journal_and_ledger_loses_and_doubles_nothin
     writer.waiting.push_back(over(run, 1));
     let database = writer.database.as_mut().expect("open");
     let entries = writer.waiting.iter();
+    let marks = Marks {
+        run,
+        finished: &[],
+        delivered: &[],
+    };
     database
-        .write(entries, &[], &settings(&path))
+        .write(entries, &marks, &settings(&path))
         .expect("written");
     let in_both = crashed(dir.path());
     writer.write().expect("written");
@@ -622,29 +631,98 @@ async fn reports_are_due_in_order_until_they_are_taken_over_restarts_and_retenti
         store.settle(&Arc::new(settled(id)));
     }
     assert!(flushed(&store).await);
-    let first = store.next_due(0).await.expect("due");
-    assert_eq!(first.receipt, name(store.0.run, 1));
-    assert_eq!(first.stream["request_id"], "request-1");
-    let second = store.next_due(first.seq).await.expect("due");
-    assert_eq!(second.receipt, name(store.0.run, 2));
-    store.delivered(first.seq);
+    let mut taken = Taken::default();
+    let first = store.next_due(taken).await.expect("due");
+    assert_eq!(first.id, name(store.0.run, 1));
+    assert_eq!(first.content["stream"]["request_id"], "request-1");
+    taken.take(first.mark);
+    let second = store.next_due(taken).await.expect("due");
+    assert_eq!(second.id, name(store.0.run, 2));
+    store.delivered(first.mark);
     assert!(flushed(&store).await);
     let run = store.0.run;
     drop(store);
     let store = Store::open(settings.clone(), None).expect("opens");
-    assert_eq!(store.next_due(0).await, Some(second.clone()));
+    let taken = Taken::default();
+    assert_eq!(store.next_due(taken).await, Some(second.clone()));
     // Those of another daemon in the same file are its own.
     let other = Settings {
         daemon: "other".to_owned(),
         ..settings
     };
     let other = Store::open(other, None).expect("opens");
-    assert_eq!(other.next_due(0).await, None);
+    assert_eq!(other.next_due(taken).await, None);
     drop((store, other));
     let database = Database::open(&path, false).expect("opens");
     assert_eq!(database.delete(u64::MAX >> 1, true).expect("deleted"), 1);
     assert_eq!(receipts(&path), [name(run, 2), name(run, 3)]);
     assert_eq!(database.delete(u64::MAX >> 1, false).expect("deleted"), 2);
+}
+
+#[tokio::test]
+async fn what_is_finished_is_due_after_its_streams_and_has_them_all() {
+    let (_dir, path) = place();
+    let settings = Settings {
+        reports: true,
+        events: vec![
+            ReportEvent::StreamSettled,
+            ReportEvent::SessionFinished,
+            ReportEvent::RoomFinished,
+        ],
+        ..settings(&path)
+    };
+    let store = Store::open(settings.clone(), None).expect("opens");
+    let one = settled(1);
+    let finished = |participant: Option<&str>| Finished {
+        room: one.key.room.clone(),
+        room_sid: Some("RM_1".to_owned()),
+        participant: participant.map(str::to_owned),
+        begun_at_ms: one.opened_at_ms,
+        ended_at_ms: one.settled_at_ms,
+        reason: "closed".to_owned(),
+    };
+    store.settle(&Arc::new(settled(1)));
+    store.settle(&Arc::new(settled(2)));
+    store.finished(finished(Some(&one.key.participant)));
+    store.finished(finished(Some("nobody")));
+    store.finished(finished(None));
+    assert!(flushed(&store).await);
+    store.settle(&Arc::new(settled(5000)));
+    assert!(flushed(&store).await);
+    drop(store);
+    let store = Store::open(settings, None).expect("opens");
+    let (mut taken, mut events) = (Taken::default(), Vec::new());
+    while let Some(due) = store.next_due(taken).await {
+        taken.take(due.mark);
+        let of_it = |name: &str| {
+            let streams = &due.content[name]["streams"];
+            let receipts = due.content[name]["receipts"].as_array().expect("a list");
+            (streams["acknowledged"].as_u64(), receipts.len())
+        };
+        match due.event {
+            "room_finished" => assert_eq!(of_it("room"), (Some(2), 2)),
+            "session_finished" if events.len() == 2 => assert_eq!(of_it("session"), (Some(2), 2)),
+            "session_finished" => assert_eq!(of_it("session"), (None, 0)),
+            _ => {}
+        }
+        events.push(due.event);
+        // The marks may be written late.
+        if events.len() % 2 == 0 {
+            store.delivered(due.mark);
+        }
+    }
+    let expected = [
+        "stream_settled",
+        "stream_settled",
+        "session_finished",
+        "session_finished",
+        "room_finished",
+        "stream_settled",
+    ];
+    assert_eq!(events, expected);
+    assert!(flushed(&store).await);
+    let left = store.next_due(Taken::default()).await.expect("due");
+    assert_eq!(left.event, "stream_settled");
 }
 
 #[test]

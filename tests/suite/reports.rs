@@ -67,8 +67,9 @@ impl Receiver {
         Self { url, shared, stop }
     }
 
-    fn variables(&self) -> [(&str, &str); 3] {
+    fn variables(&self) -> [(&str, &str); 4] {
         [
+            ("ROOMWARDEN__USAGE_REPORTS__EVENTS", "stream_settled"),
             ("ROOMWARDEN__USAGE_REPORTS__URL", &self.url),
             ("ROOMWARDEN__USAGE_REPORTS__SECRET", SECRET),
             ("ROOMWARDEN__USAGE_REPORTS__TIMEOUT_MS", "1000"),
@@ -112,10 +113,7 @@ async fn take(State(shared): State<Arc<Shared>>, headers: HeaderMap, body: Bytes
     assert_eq!(claims.sha256, STANDARD.encode(Sha256::digest(&body)));
     let report: Value = serde_json::from_slice(&body).expect("JSON");
     let key = header("idempotency-key");
-    assert_eq!(
-        (&report["id"], &report["event"]),
-        (&key.as_str().into(), &"stream_settled".into())
-    );
+    assert_eq!(report["id"], key.as_str());
     let answered = shared
         .answers
         .lock()
@@ -210,11 +208,68 @@ async fn a_report_is_sent_until_it_is_taken_and_the_next_one_waits_for_it() {
     stage.end().await;
 }
 
+/// So that an application can mark as finished what is.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_finished_is_told_with_all_its_receipts() {
+    let stage = Stage::new().await;
+    let receiver = Receiver::start(&stage, &[]).await;
+    let mut variables = receiver.variables();
+    variables[0].1 = "stream_settled,session_finished,room_finished";
+    let mut binary = Binary::run(&stage, &variables);
+    binary.logged("journal opened").await;
+    talk(&stage, "alice").await;
+    let bob = stage.speaker("r", "bob").await;
+    stage.streaming(1).await;
+    stage.api().delete_room("r").await.expect("deleted");
+    let finished = |came: &[Came]| {
+        came.iter()
+            .any(|one| one.report["event"] == "room_finished")
+    };
+    receiver.waits("the room", finished).await;
+    ended(binary).await;
+    let came = receiver.came();
+    let events: Vec<_> = came.iter().map(|one| &one.report["event"]).collect();
+    let expected = [
+        "stream_settled",
+        "session_finished",
+        "stream_settled",
+        "session_finished",
+        "room_finished",
+    ];
+    assert_eq!(events, expected);
+    let witness = stage.stt.witness();
+    let ids: Vec<_> = witness
+        .streams
+        .iter()
+        .map(|s| s.request_id.as_str())
+        .collect();
+    let told = |what: &Value| {
+        let receipts = what["receipts"].as_array().expect("a list").iter();
+        let mut told: Vec<_> = receipts
+            .map(|receipt| receipt["request_id"].as_str().expect("an id").to_owned())
+            .collect();
+        told.reverse();
+        told
+    };
+    let (alice, room) = (&came[1].report["session"], &came[4].report["room"]);
+    assert_eq!(alice["participant"], "alice");
+    assert_eq!(told(alice), ids[..1]);
+    assert_eq!(told(room), ids);
+    assert_eq!(room["streams"], serde_json::json!({"acknowledged": 2}));
+    assert_eq!(
+        (&room["room"], &room["reason"]),
+        (&"r".into(), &"closed".into())
+    );
+    bob.leave().await;
+    stage.end().await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn what_nobody_takes_survives_a_sigkill_and_a_shutdown_and_keeps_its_order() {
     let stage = Stage::new().await;
     // Nobody listens there.
     let nobody = [
+        ("ROOMWARDEN__USAGE_REPORTS__EVENTS", "stream_settled"),
         ("ROOMWARDEN__USAGE_REPORTS__URL", "http://127.0.0.1:1/"),
         ("ROOMWARDEN__USAGE_REPORTS__SECRET", SECRET),
     ];
