@@ -30,7 +30,7 @@ use crate::{
 };
 
 const KEY: &str = "the-gateways-own-key";
-const LINEAR16: &str = "model=nova-3&encoding=linear16&sample_rate=16000&interim_results=true";
+pub const LINEAR16: &str = "model=nova-3&encoding=linear16&sample_rate=16000&interim_results=true";
 
 /// The real daemon, which joins no room, and its gateway.
 struct Rig {
@@ -40,7 +40,7 @@ struct Rig {
     address: String,
 }
 
-type Socket = WebSocketStream<MaybeTlsStream<TcpStream>>;
+pub type Socket = WebSocketStream<MaybeTlsStream<TcpStream>>;
 
 impl Rig {
     async fn new(stt: stt::Config, more: &[(&str, &str)]) -> Self {
@@ -91,11 +91,8 @@ struct Refused {
 }
 
 async fn connect(url: &str, key: &str) -> Result<(Socket, http::HeaderMap), Refused> {
-    let mut request = url.into_client_request().expect("a request");
-    let key = format!("Token {key}").parse().expect("a header's value");
-    request.headers_mut().insert("authorization", key);
-    match connect_async(request).await {
-        Ok((socket, response)) => Ok((socket, response.into_parts().0.headers)),
+    match try_connect(url, key).await {
+        Ok(opened) => Ok(opened),
         Err(tungstenite::Error::Http(response)) => {
             let (parts, body) = response.into_parts();
             let body = body.unwrap_or_default();
@@ -109,8 +106,19 @@ async fn connect(url: &str, key: &str) -> Result<(Socket, http::HeaderMap), Refu
     }
 }
 
+pub async fn try_connect(
+    url: &str,
+    key: &str,
+) -> Result<(Socket, http::HeaderMap), tungstenite::Error> {
+    let mut request = url.into_client_request()?;
+    let key = format!("Token {key}").parse().expect("a header's value");
+    request.headers_mut().insert("authorization", key);
+    let (socket, response) = connect_async(request).await?;
+    Ok((socket, response.into_parts().0.headers))
+}
+
 /// A second of a tone, or of nothing, in messages of 50 ms; 16 kHz.
-fn second(loud: bool) -> Vec<Vec<u8>> {
+pub fn second(loud: bool) -> Vec<Vec<u8>> {
     let sample = |n: usize| match loud && n % 32 < 16 {
         true => 8000_i16,
         false => 0,

@@ -17,10 +17,10 @@ use crate::stage::{Binary, LIMIT, Stage};
 const SPEAKERS: usize = 4;
 /// In samples a second; what the ledger and the server say must not differ by half a sample.
 const RATE: f64 = 48_000.0;
-const PRICE: (&str, &str) = ("ROOMWARDEN__LEDGER__PRICES__NOVA-3", "0.0077");
+pub const PRICE: (&str, &str) = ("ROOMWARDEN__LEDGER__PRICES__NOVA-3", "0.0077");
 
 /// Runs a command of the binary on the stage, beside the daemon or without one.
-async fn roomwarden(stage: &Stage, args: &[&str]) -> Output {
+pub async fn roomwarden(stage: &Stage, args: &[&str]) -> Output {
     let mut command = tokio::process::Command::new(env!("CARGO_BIN_EXE_roomwarden"));
     let command = command.args(args).env_clear().envs(stage.environment());
     command.output().await.expect("roomwarden runs")
@@ -34,7 +34,7 @@ async fn json(stage: &Stage, args: &[&str], code: u8) -> Value {
     serde_json::from_slice(&output.stdout).expect("JSON")
 }
 
-async fn exported(stage: &Stage) -> Vec<Value> {
+pub async fn exported(stage: &Stage) -> Vec<Value> {
     let output = roomwarden(stage, &["usage", "--export", "jsonl"]).await;
     let said = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{said}");
@@ -53,7 +53,7 @@ fn number(name: &str) -> Option<u64> {
 }
 
 /// Compares the ledger with what the STT server saw; how many streams were orphaned.
-fn compare(rows: &[Value], witness: &stt::Witness) -> usize {
+pub fn compare(rows: &[Value], witness: &stt::Witness) -> usize {
     let text = |row: &Value, name: &str| row[name].as_str().map(str::to_owned);
     let mut by_id = BTreeMap::new();
     let (mut orphaned, mut nameless) = (0, 0);
