@@ -12,7 +12,7 @@ mod presence;
 use std::{
     io,
     net::SocketAddr,
-    sync::Arc,
+    sync::{Arc, Mutex},
     time::{Duration, Instant},
 };
 
@@ -43,6 +43,7 @@ use crate::{
     daemon::Daemon,
     domain::{CloseReason, Outcome},
     ledger::Settled,
+    refusals::Refusals,
     room::api::RoomApi,
     stt::{machine::Report, stream::StreamHandle},
 };
@@ -80,6 +81,7 @@ struct Shared {
     presence: Presence,
     /// Clients with a stream.
     relays: TaskTracker,
+    refusals: Mutex<Refusals>,
 }
 
 /// # Errors
@@ -113,6 +115,7 @@ impl Gateway {
                 presence: Presence::new(api),
                 daemon,
                 relays: TaskTracker::new(),
+                refusals: Mutex::default(),
             });
             tasks.spawn(serve(listener, shared, ended.clone()));
         }

@@ -26,6 +26,7 @@ mod model;
 pub mod notify;
 pub mod overrides;
 mod quota;
+mod refusals;
 pub mod registry;
 pub mod reports;
 pub mod requests;

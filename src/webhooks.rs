@@ -24,7 +24,7 @@ use sha2::{Digest, Sha256};
 use thiserror::Error;
 use tokio::sync::mpsc;
 
-use crate::{config::LiveKitConfig, ledger::unix_ms};
+use crate::{config::LiveKitConfig, ledger::unix_ms, refusals::Refusals};
 
 /// Where LiveKit is to send them (`webhook.urls` in its configuration).
 pub const PATH: &str = "/webhooks/livekit";
@@ -32,8 +32,6 @@ pub const PATH: &str = "/webhooks/livekit";
 const MAX_BODY: usize = 2 << 20;
 /// For a body to come.
 const BODY_LIMIT: Duration = Duration::from_secs(10);
-/// What is refused is told at once, and then once in so long: anybody can send it.
-const TELL_EVERY: Duration = Duration::from_secs(60);
 /// LiveKit tries for some two minutes; clocks differ.
 const SKEW: Duration = Duration::from_secs(300);
 /// Ids that are remembered; a replay of one that is forgotten is one more hint.
@@ -140,25 +138,6 @@ impl Seen {
             self.order.push_back((id.to_owned(), created_at.max(now)));
         }
         new
-    }
-}
-
-#[derive(Default)]
-struct Refusals {
-    told: Option<Instant>,
-    untold: u64,
-}
-
-impl Refusals {
-    /// If this one is to be told, how many before it were not.
-    fn tell(&mut self, now: Instant) -> Option<u64> {
-        let lately = |told: Instant| now.saturating_duration_since(told) < TELL_EVERY;
-        if self.told.is_some_and(lately) {
-            self.untold += 1;
-            return None;
-        }
-        self.told = Some(now);
-        Some(std::mem::take(&mut self.untold))
     }
 }
 
@@ -393,19 +372,5 @@ mod tests {
             assert!(seen.add(&n.to_string(), 9000, 9000));
         }
         assert_eq!((seen.ids.len(), seen.order.len()), (MAX_IDS, MAX_IDS));
-    }
-
-    #[test]
-    fn refusals_are_told_now_and_then() {
-        let mut refusals = Refusals::default();
-        let begun = Instant::now();
-        assert_eq!(refusals.tell(begun), Some(0));
-        for second in 0..60 {
-            let now = begun + Duration::from_secs(second);
-            assert_eq!(refusals.tell(now), None);
-        }
-        assert_eq!(refusals.tell(begun + TELL_EVERY), Some(60));
-        assert_eq!(refusals.tell(begun + TELL_EVERY), None);
-        assert_eq!(refusals.tell(begun + 3 * TELL_EVERY), Some(1));
     }
 }

@@ -1,7 +1,11 @@
 //! A client's request, and what becomes of it: it is answered once the provider has answered, and by
 //! what the provider said.
 
-use std::{net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    net::SocketAddr,
+    sync::{Arc, PoisonError},
+    time::{Duration, Instant},
+};
 
 use axum::body::Body;
 use hyper::{
@@ -170,11 +174,18 @@ pub(super) async fn answer(
     peer: SocketAddr,
     request: Request<Incoming>,
 ) -> Response<Body> {
-    match open(shared, peer, request).await {
+    match open(shared.clone(), peer, request).await {
         Ok(response) => response,
         Err(refusal) => {
             let (status, said) = (refusal.status.as_u16(), &refusal.said);
-            tracing::warn!(%peer, status, "a client of the gateway is refused: {said}");
+            let mut refusals = shared
+                .refusals
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner);
+            if let Some(untold) = refusals.tell(Instant::now()) {
+                tracing::warn!(%peer, status, untold, "a client of the gateway is refused: {said}");
+            }
+            drop(refusals);
             refusal.response()
         }
     }
@@ -328,9 +339,7 @@ async fn tie(shared: &Shared, place: &Place, every_ms: u64) -> Result<Option<Tie
 fn no_place(trouble: Option<&crate::failure::Trouble>) -> Refusal {
     if let Some(trouble) = trouble {
         let refusal = Refusal::of(&trouble.failure);
-        let wait = trouble
-            .until
-            .saturating_duration_since(std::time::Instant::now());
+        let wait = trouble.until.saturating_duration_since(Instant::now());
         return refusal.later(wait);
     }
     let said = "all of stt.max_streams are in use: wait for others to end, or raise it";

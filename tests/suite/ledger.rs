@@ -87,7 +87,9 @@ pub fn compare(rows: &[Value], witness: &stt::Witness) -> usize {
         );
         match row["outcome"].as_str() {
             Some("acknowledged") => {
-                assert_eq!(stream.end, Some(End::Acknowledged), "{row}");
+                // A fault of the server's may have cut the connection after its last word.
+                let told = stream.end == Some(End::Acknowledged) || stream.metadata_sent;
+                assert!(told, "{row} {stream:#?}");
                 let ours = row["audio_seconds"].as_f64().expect("seconds");
                 let said = format!("{row} {stream:#?}");
                 assert_eq!(samples(ours), samples(stream.audio_seconds), "{said}");
