@@ -44,6 +44,7 @@ use crate::{
         connect::Provider,
         gate::{Gate, Limits},
     },
+    tls,
     transcripts::Sinks,
     webhooks::Hints,
     worker::{Command, Line, rescue::Rescue},
@@ -237,6 +238,7 @@ impl Daemon {
     /// what it can't change. Streams that are open stay as they are, but for those of rooms and
     /// participants that are no longer selected.
     pub fn reconfigure(&self, config: Config) {
+        tls::forget();
         self.config.send_replace(Arc::new(config));
     }
 

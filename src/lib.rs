@@ -36,6 +36,7 @@ pub mod signals;
 pub mod store;
 pub mod stt;
 mod table;
+mod tls;
 pub mod transcripts;
 mod usage;
 pub mod watchdog;

@@ -11,7 +11,7 @@ use futures_util::{
 use livekit_net::{Header, TransportError, WsClient, WsConnectResult, WsConnection};
 use tokio::{net::TcpStream, sync::Mutex, time::timeout};
 use tokio_tungstenite::{
-    MaybeTlsStream, WebSocketStream, connect_async_with_config,
+    MaybeTlsStream, WebSocketStream, connect_async_tls_with_config,
     tungstenite::{
         Error, Message,
         client::IntoClientRequest,
@@ -20,6 +20,8 @@ use tokio_tungstenite::{
         protocol::WebSocketConfig,
     },
 };
+
+use crate::tls;
 
 /// It grows with a longer message.
 const READ_BUFFER: usize = 4 << 10;
@@ -47,7 +49,14 @@ impl WsClient for Client {
         // No message waits for the acknowledgement of another: the last one, Leave, could be lost with
         // the end of the socket.
         const NO_DELAY: bool = true;
-        let connecting = connect_async_with_config(request, Some(config), NO_DELAY);
+        let connector = match url.starts_with("wss:") {
+            true => {
+                let connector = tls::connector().await;
+                Some(connector.map_err(|error| TransportError::Connection(error.to_string()))?)
+            }
+            false => None,
+        };
+        let connecting = connect_async_tls_with_config(request, Some(config), NO_DELAY, connector);
         let (socket, _) = timeout(Duration::from_millis(timeout_ms), connecting)
             .await
             .map_err(|_| TransportError::Timeout)?

@@ -37,6 +37,7 @@ use crate::{
     domain::Service,
     failure::{self, Answer, Cause, Failure},
     kernel::SocketId,
+    tls,
 };
 
 pub type Socket = WebSocketStream<MaybeTlsStream<Wire>>;
@@ -328,8 +329,15 @@ impl Provider {
             .max_message_size(Some(MAX_MESSAGE))
             .max_frame_size(Some(MAX_MESSAGE));
         let request = self.request().map_err(failed)?;
+        let connector = match self.url.scheme() {
+            "wss" => {
+                let connector = tls::connector().await;
+                Some(connector.map_err(|error| Failure::new(Cause::Tls, error.to_string()))?)
+            }
+            _ => None,
+        };
         let (socket, response) =
-            client_async_tls_with_config(request, dialled.0, Some(config), None)
+            client_async_tls_with_config(request, dialled.0, Some(config), connector)
                 .await
                 .map_err(failed)?;
         let request_id = header(response.headers(), "dg-request-id");

@@ -37,6 +37,7 @@ mod service;
 mod stage;
 mod starts;
 mod streams;
+mod tls;
 mod to_room;
 mod tone;
 mod vanish;
