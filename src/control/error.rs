@@ -9,7 +9,7 @@ use axum::{
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use crate::{requests::Refused, store::StoreError};
+use crate::{requests::Refused, room, store::StoreError};
 
 /// Of what is quoted.
 const MAX_SAID: usize = 300;
@@ -132,6 +132,15 @@ impl ApiError {
         )
     }
 
+    pub fn ended() -> Self {
+        Self::new(
+            StatusCode::SERVICE_UNAVAILABLE,
+            "ended",
+            "the daemon has ended before it was done",
+            "ask again once it runs: what is done needs not be done again",
+        )
+    }
+
     pub fn stuck() -> Self {
         Self::new(
             StatusCode::SERVICE_UNAVAILABLE,
@@ -196,6 +205,17 @@ impl From<Refused> for ApiError {
             ),
         };
         Self::new(status, code, refused.to_string(), fix)
+    }
+}
+
+impl From<room::api::ApiError> for ApiError {
+    fn from(error: room::api::ApiError) -> Self {
+        Self::new(
+            StatusCode::BAD_GATEWAY,
+            "livekit",
+            error.to_string(),
+            "see what LiveKit says, and ask again",
+        )
     }
 }
 

@@ -31,27 +31,27 @@ const TOKEN: &str = "the-token-for-everything";
 const READ_TOKEN: &str = "the-token-for-reading";
 
 /// A daemon with its API on a port.
-struct Daemon {
-    binary: Binary,
-    address: SocketAddr,
-    token: Option<String>,
+pub struct Daemon {
+    pub binary: Binary,
+    pub address: SocketAddr,
+    pub token: Option<String>,
 }
 
-struct Answer {
+pub struct Answer {
     /// 0 if there was no answer.
-    status: u16,
-    headers: HashMap<String, String>,
-    body: String,
+    pub status: u16,
+    pub headers: HashMap<String, String>,
+    pub body: String,
 }
 
 impl Answer {
-    fn json(&self) -> Value {
+    pub fn json(&self) -> Value {
         let said = || format!("{}: {}", self.status, self.body);
         serde_json::from_str(&self.body).unwrap_or_else(|error| panic!("{error}: {}", said()))
     }
 
     /// The body of a refusal, which has one shape; its code.
-    fn refused(&self, status: u16) -> String {
+    pub fn refused(&self, status: u16) -> String {
         assert_eq!(self.status, status, "{}", self.body);
         let body = self.json();
         for part in ["code", "message", "fix"] {
@@ -62,14 +62,14 @@ impl Answer {
         body["error"]["code"].as_str().expect("a code").to_owned()
     }
 
-    fn ok(&self) -> Value {
+    pub fn ok(&self) -> Value {
         assert_eq!(self.status, 200, "{}", self.body);
         self.json()
     }
 }
 
 impl Daemon {
-    async fn start(stage: &Stage, more: &[(&str, &str)]) -> Self {
+    pub async fn start(stage: &Stage, more: &[(&str, &str)]) -> Self {
         let more: Vec<_> = [ANY_PORT].iter().chain(more).copied().collect();
         let mut binary = Binary::run(stage, &more);
         binary.logged("the control API listens").await;
@@ -84,13 +84,13 @@ impl Daemon {
         }
     }
 
-    async fn send(&self, request: &str) -> TcpStream {
+    pub async fn send(&self, request: &str) -> TcpStream {
         let mut tcp = TcpStream::connect(self.address).await.expect("connected");
         tcp.write_all(request.as_bytes()).await.expect("sent");
         tcp
     }
 
-    fn head(&self, method: &str, path: &str, headers: &[(&str, &str)]) -> String {
+    pub fn head(&self, method: &str, path: &str, headers: &[(&str, &str)]) -> String {
         let mut head = format!("{method} {path} HTTP/1.1\r\nConnection: close\r\n");
         if !headers.iter().any(|(name, _)| *name == "Host") {
             head.push_str(&format!("Host: {}\r\n", self.address));
@@ -105,7 +105,13 @@ impl Daemon {
         head
     }
 
-    async fn ask(&self, method: &str, path: &str, headers: &[(&str, &str)], body: &str) -> Answer {
+    pub async fn ask(
+        &self,
+        method: &str,
+        path: &str,
+        headers: &[(&str, &str)],
+        body: &str,
+    ) -> Answer {
         let length = body.len().to_string();
         let mut headers = headers.to_vec();
         if !body.is_empty() && !headers.iter().any(|(name, _)| *name == "Content-Length") {
@@ -115,12 +121,17 @@ impl Daemon {
         answer(self.send(&request).await).await
     }
 
-    async fn get(&self, path: &str) -> Answer {
+    pub async fn get(&self, path: &str) -> Answer {
         self.ask("GET", path, &[], "").await
     }
 
-    async fn post(&self, path: &str) -> Answer {
+    pub async fn post(&self, path: &str) -> Answer {
         self.ask("POST", path, &[], "").await
+    }
+
+    pub async fn send_json(&self, method: &str, path: &str, body: &Value) -> Answer {
+        let json = [("Content-Type", "application/json")];
+        self.ask(method, path, &json, &body.to_string()).await
     }
 
     /// Asks again and again until the answer fits.
@@ -150,11 +161,11 @@ impl Daemon {
         }
     }
 
-    async fn status(&self, fits: impl Fn(&Value) -> bool) -> Value {
+    pub async fn status(&self, fits: impl Fn(&Value) -> bool) -> Value {
         self.until("/api/v1/status", fits).await
     }
 
-    async fn end(self, code: u8) -> String {
+    pub async fn end(self, code: u8) -> String {
         self.binary.signal("TERM");
         let (status, log) = self.binary.exit().await;
         assert_eq!(status.code(), Some(code.into()), "{log}");
@@ -163,7 +174,7 @@ impl Daemon {
 }
 
 /// What comes to the end of the connection.
-async fn answer(mut tcp: TcpStream) -> Answer {
+pub async fn answer(mut tcp: TcpStream) -> Answer {
     let mut bytes = Vec::new();
     let read = timeout(LIMIT, tcp.read_to_end(&mut bytes)).await;
     // A refusal of a body that is still on its way may end in a reset.
@@ -1466,7 +1477,7 @@ async fn nothing_that_is_asked_is_answered_with_a_defect() {
             }
         }
     }
-    assert_eq!(operations.len(), 18, "{operations:#?}");
+    assert_eq!(operations.len(), 21, "{operations:#?}");
     let mut by_status: HashMap<u16, usize> = HashMap::new();
     for _ in 0..requests {
         let (method, path, operation) = random.choice(&operations).expect("some").clone();
