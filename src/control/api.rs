@@ -51,6 +51,8 @@ use crate::{
 /// Receipts and failures at once.
 const MAX_LAST: usize = 1000;
 const DEFAULT_LAST: usize = 100;
+/// Of usage: a ledger grows, an answer is held in memory.
+const MAX_ROWS: u32 = 10_000;
 /// A filter of the log, in bytes.
 const MAX_FILTER: usize = 4096;
 /// For an order to be taken.
@@ -265,7 +267,7 @@ struct UsageOf {
     since: Option<String>,
 }
 
-/// What was used, from the ledger, as `roomwarden usage --json` has it.
+/// What was used, from the ledger, as `roomwarden usage --json` has it; of up to 10000 rows.
 #[utoipa::path(get, path = "/api/v1/usage",
     params(
         ("by" = Option<String>, Query, description = "What is summed by: room, participant, model, day, month; several, separated by commas. Left out: month"),
@@ -294,7 +296,8 @@ async fn usage_of(
     })?;
     let since = since.as_deref().map(usage::since).transpose();
     let since = since.map_err(|fix| ApiError::bad_request("since is no day", fix))?;
-    let asked = move |reader: crate::store::Reader| usage::summed(&reader, &by, since);
+    let asked =
+        move |reader: crate::store::Reader| usage::summed(&reader, &by, since, Some(MAX_ROWS));
     let (rows, total) = query(&app, asked).await?;
     Ok(Json(Usage {
         since: since.map(|at| at.to_rfc3339_opts(SecondsFormat::Secs, true)),

@@ -124,6 +124,14 @@ impl ApiError {
     }
 
     pub fn ledger(error: &StoreError) -> Self {
+        if let StoreError::TooManyRows { .. } = error {
+            return Self::new(
+                StatusCode::BAD_REQUEST,
+                "too_many_rows",
+                error.to_string(),
+                "give a later since, or sum by less; `roomwarden usage` has no such limit",
+            );
+        }
         Self::new(
             StatusCode::SERVICE_UNAVAILABLE,
             "ledger",

@@ -1388,6 +1388,54 @@ async fn the_close_can_be_watched() {
     stage.end().await;
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn usage_of_very_much_is_refused_and_what_to_ask_for_is_said() {
+    let stage = Stage::new().await;
+    let daemon = Daemon::start(&stage, &[]).await;
+    let alice = stage.speaker("r", "alice").await;
+    stage.streaming(1).await;
+    alice.leave().await;
+    let usage = "/api/v1/usage?by=room,participant";
+    daemon
+        .until(usage, |usage| usage["total"]["streams"] == 1)
+        .await;
+    // As many as may be, of a day long ago.
+    let add = |from: u32, to: u32| {
+        let file = stage.state.path().join("roomwarden.db");
+        let ledger = rusqlite::Connection::open(file).expect("opens");
+        let limit = Duration::from_secs(10);
+        ledger.busy_timeout(limit).expect("set");
+        let sql = "WITH RECURSIVE n(n) AS (SELECT ?1 UNION ALL SELECT n + 1 FROM n WHERE n < ?2)
+            INSERT INTO streams (receipt, daemon, run, id, room, participant, track, provider,
+                model, encoding, opened_at_ms, settled_at_ms, reconnects, outcome, reason)
+            SELECT 'old-' || n, 'old', 1, n, 'room ' || n, 'ann', 'TR', 'p', 'm', 'e',
+                1000, 2000, 0, 'acknowledged', 'left' FROM n";
+        ledger.execute(sql, [from, to]).expect("written");
+    };
+    add(1, 9_999);
+    let most = daemon.get(usage).await.ok();
+    assert_eq!(most["rows"].as_array().map(Vec::len), Some(10_000));
+    add(10_000, 10_000);
+    let refused = daemon.get(usage).await;
+    assert_eq!(refused.refused(400), "too_many_rows");
+    assert!(refused.body.contains("later since"), "{}", refused.body);
+    let fewer = daemon.get("/api/v1/usage?by=participant").await.ok();
+    assert_eq!(fewer["total"]["streams"], 10_001, "{fewer}");
+    let later = daemon.get(&format!("{usage}&since=7d")).await.ok();
+    assert_eq!(later["rows"][0]["room"], "r", "{later}");
+    // The command prints all of it.
+    let said = says(
+        &stage,
+        &["usage", "--by", "room,participant", "--json"],
+        EXIT_OK,
+    )
+    .await;
+    let said: Value = serde_json::from_str(&said).expect("JSON");
+    assert_eq!(said["rows"].as_array().map(Vec::len), Some(10_001));
+    daemon.end(EXIT_OK).await;
+    stage.end().await;
+}
+
 /// LiveKit's token for a webhook.
 fn signed(stage: &Stage, body: &str) -> String {
     signed_with(stage, stage.rooms.api_secret(), body)
