@@ -265,8 +265,8 @@ async fn exchange(mut io: impl AsyncRead + AsyncWrite + Unpin, request: &Request
 }
 
 #[derive(Debug, Clone, Copy, PartialEq)]
-enum Here {
-    Here,
+enum Place {
+    Ours,
     OtherHost,
     OtherSite,
 }
@@ -356,7 +356,7 @@ impl Fuzzer {
             Right::Read => !reads,
             Right::All => false,
         };
-        let nobody = nobody || here == Here::OtherSite || (!local && here == Here::OtherHost);
+        let nobody = nobody || here == Place::OtherSite || (!local && here == Place::OtherHost);
         let kind = match self.random.u8(..16) {
             0 => None,
             1 => Some("text/plain"),
@@ -430,13 +430,13 @@ impl Fuzzer {
     }
 
     /// Who asks, and where they think they do.
-    fn headers(&mut self, daemon: &Daemon, headers: &mut Vec<(String, String)>) -> (Here, Right) {
+    fn headers(&mut self, daemon: &Daemon, headers: &mut Vec<(String, String)>) -> (Place, Right) {
         let mut add = |name: &str, value: &str| headers.push((name.to_owned(), value.to_owned()));
         let here = daemon.address.to_string();
-        let mut place = Here::Here;
+        let mut place = Place::Ours;
         match self.random.u8(..60) {
             n @ 0..6 => {
-                place = Here::OtherHost;
+                place = Place::OtherHost;
                 match n {
                     0 => {}
                     1 => add("Host", "evil.example"),
@@ -454,7 +454,7 @@ impl Fuzzer {
         }
         match self.random.u8(..40) {
             n @ 0..4 => {
-                place = Here::OtherSite;
+                place = Place::OtherSite;
                 match n {
                     0 => add("Origin", "null"),
                     1 => add("Origin", "https://evil.example"),
