@@ -40,7 +40,9 @@ use super::{
     },
 };
 use crate::{
+    close::{CloseOrder, now},
     config,
+    domain::CloseReason,
     overrides::Overrides,
     registry::OpenStream,
     requests::{Refused, Request, Scope},
@@ -345,7 +347,12 @@ async fn close_stream(
         identity: key.participant,
         track: key.track,
     };
-    close(&app, scope, wait).await
+    let mut closing = Closing::new(scope, &app);
+    if closing.cards.is_empty() {
+        // Of the gateway, where several have one name.
+        closing.streams = [id].into();
+    }
+    close(&app, closing, wait).await
 }
 
 /// Closes all streams of a room, in order, and leaves it. It is not joined again while it lives,
@@ -367,7 +374,7 @@ async fn close_room(
     wait: Waits,
 ) -> Result<(StatusCode, Json<Closed>), ApiError> {
     let Path(room) = room?;
-    close(&app, Scope::Room(room), wait).await
+    close(&app, Closing::new(Scope::Room(room), &app), wait).await
 }
 
 /// Closes all streams of a participant, in order. They are not transcribed again until they rejoin,
@@ -390,7 +397,8 @@ async fn close_participant(
     wait: Waits,
 ) -> Result<(StatusCode, Json<Closed>), ApiError> {
     let Path((room, identity)) = path?;
-    close(&app, Scope::Participant { room, identity }, wait).await
+    let scope = Scope::Participant { room, identity };
+    close(&app, Closing::new(scope, &app), wait).await
 }
 
 /// Takes back that a room was closed by request: the next look for rooms joins it, if it is there.
@@ -619,10 +627,21 @@ impl Closing {
         open.into_iter().filter(ours).collect()
     }
 
-    /// Gives the order.
+    /// Gives the order: to the rooms, and to streams that are owned by none of them, as those of the
+    /// gateway's clients are.
     pub async fn order(&self, app: &App) -> Result<(), ApiError> {
         let there = !self.cards.is_empty() || !self.streams.is_empty();
         let scope = self.scope.clone();
+        let registry = app.daemon.registry();
+        let order = CloseOrder {
+            reason: CloseReason::Requested,
+            deadline: now() + grace(app),
+        };
+        for stream in registry.open() {
+            if self.streams.contains(&stream.id.0) && !self.tracks.contains(&stream.key.track) {
+                registry.close_one(stream.id, &order);
+            }
+        }
         match ask(app, |answer| Request::Close(scope, answer)).await? {
             Ok(()) => Ok(()),
             // It is under way already; or its owner is lost, and it is closing by itself.
@@ -662,16 +681,18 @@ impl Closing {
     }
 }
 
+fn grace(app: &App) -> Duration {
+    Duration::from_millis(app.daemon.config().stt.close_grace_ms)
+}
+
 /// Gives the order, and waits for the receipts unless that is not wanted.
 async fn close(
     app: &App,
-    scope: Scope,
+    mut closing: Closing,
     wait: Waits,
 ) -> Result<(StatusCode, Json<Closed>), ApiError> {
     let wait = wait?.0.wait.unwrap_or(true);
-    let grace = Duration::from_millis(app.daemon.config().stt.close_grace_ms);
-    let until = wait.then(|| Instant::now() + grace + BEYOND_GRACE);
-    let mut closing = Closing::new(scope, app);
+    let until = wait.then(|| Instant::now() + grace(app) + BEYOND_GRACE);
     closing.order(app).await?;
     let answer = closing.over(app, until).await;
     let status = match answer.closed {

@@ -304,17 +304,19 @@ async fn a_daemon_closes_rooms_for_everybody_whether_or_not_it_is_in_them() {
     assert_eq!(failed.json()["exit_code"], EXIT_ABANDONED);
     stage.faults(|_| {}).await;
 
-    // Who asked and went away has asked.
-    drop(
-        daemon
-            .send(&daemon.head("POST", "/api/v1/rooms/spared/force-close", &[]))
-            .await,
-    );
-    let gone = |w: &rehearsal::room::Witness| w.live_rooms().count() == 0;
+    // Who goes away once it has begun does not leave it half done.
+    let eve = stage.speaker("ours", "eve").await;
+    stage.streaming(1).await;
+    stage.faults(|faults| faults.api_failing = true).await;
+    let asked = daemon.send(&daemon.head("POST", one, &[])).await;
+    stage.open(0).await;
+    drop(asked);
+    stage.faults(|_| {}).await;
+    let gone = |w: &rehearsal::room::Witness| w.live_rooms().all(|room| room.name != "ours");
     let gone = stage.rooms.wait_for(gone, LIMIT).await;
     assert!(gone.is_ok(), "{:?}", left());
     daemon.end(EXIT_OK).await;
-    for speaker in [ann, bob] {
+    for speaker in [ann, bob, eve] {
         speaker.leave().await;
     }
     stage.end().await;
