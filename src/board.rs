@@ -107,6 +107,8 @@ pub struct RoomInfo {
     /// The number of its card, which no other one has.
     pub card: u64,
     pub name: String,
+    /// Ours, in the room.
+    pub identity: String,
     /// Once it is joined.
     pub sid: Option<String>,
     pub state: RoomState,
@@ -350,13 +352,14 @@ impl Board {
         self.changed_in(state);
     }
 
-    /// Puts up the card of a room that is to be joined.
-    pub fn room(&self, name: &str) -> RoomCard {
+    /// Puts up the card of a room that is to be joined, under that identity.
+    pub fn room(&self, name: &str, identity: &str) -> RoomCard {
         let mut state = self.state();
         let key = state.next_card();
         let room = RoomInfo {
             card: key,
             name: name.to_owned(),
+            identity: identity.to_owned(),
             sid: None,
             state: RoomState::Joining,
             since: Since::now(),
@@ -594,7 +597,7 @@ mod tests {
     #[test]
     fn cards_that_are_dropped_are_off_the_board_in_whatever_order() {
         let board = Board::default();
-        let room = board.room("r");
+        let room = board.room("r", "us");
         let session = room.session("alice", "PA_1");
         let mut track = session.track("TR_1");
         track.tell(TrackState::Streaming, Some(StreamId(7)));

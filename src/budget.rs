@@ -197,7 +197,7 @@ impl Keeper {
             from_ms: from.timestamp_millis(),
             ..Interval::ALL
         };
-        let read = move || Reader::open(&file)?.usage(&[], interval);
+        let read = move || Reader::open(&file)?.usage(&[], interval, None);
         let rows = tokio::task::spawn_blocking(read).await;
         // A read that panicked, or a runtime that ends: nothing more is opened anyway.
         let rows = rows.unwrap_or_else(|_| Ok(Vec::new()))?;

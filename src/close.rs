@@ -31,8 +31,12 @@ impl CloseOrder {
 
 /// Sticky order: set once, only ever strengthened. Cancelling who set it changes nothing.
 pub fn order(orders: &watch::Sender<Option<CloseOrder>>, new: &CloseOrder) {
-    orders.send_modify(|current| match current {
+    orders.send_modify(|current| strengthen(current, new));
+}
+
+pub fn strengthen(current: &mut Option<CloseOrder>, new: &CloseOrder) {
+    match current {
         Some(current) => current.merge(new),
         None => *current = Some(new.clone()),
-    });
+    }
 }

@@ -7,6 +7,7 @@ mod api;
 pub(crate) mod command;
 mod error;
 mod events;
+mod force_close;
 mod listen;
 mod metrics;
 pub(crate) mod view;
@@ -20,7 +21,7 @@ use tokio::{
     sync::Semaphore,
     task::{JoinError, JoinSet},
 };
-use tokio_util::sync::CancellationToken;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use self::{
     access::Rates,
@@ -28,12 +29,14 @@ use self::{
     metrics::Requests,
 };
 pub(crate) use self::{error::ErrorBody, listen::Bound};
-use crate::{board::What, daemon::Daemon, store};
+use crate::{board::What, daemon::Daemon, room::api::RoomApi, store};
 
 /// Who may listen to events at once.
 const MAX_LISTENERS: usize = 16;
 /// Queries of the ledger at once.
 const MAX_QUERIES: usize = 2;
+/// Force-closes at once.
+const MAX_FORCED: usize = 4;
 /// What clients are given to read the last answers.
 pub(crate) const LAST_ANSWERS: Duration = Duration::from_millis(100);
 
@@ -48,6 +51,10 @@ struct App {
     requests: Requests,
     listeners: Arc<Semaphore>,
     queries: Arc<Semaphore>,
+    forced: Arc<Semaphore>,
+    /// What goes on when nobody waits for the answer any more; ends with the API.
+    tasks: TaskTracker,
+    livekit: RoomApi,
     /// The API ends.
     ended: CancellationToken,
 }
@@ -73,13 +80,17 @@ impl Control {
     /// Serves from now on.
     pub fn start(bound: Bound, daemon: Arc<Daemon>, refilter: Refilter) -> Self {
         let ended = CancellationToken::new();
+        let livekit = RoomApi::new(&daemon.config().livekit);
         let app = Arc::new(App {
             daemon,
+            livekit,
             refilter,
             rates: Rates::default(),
             requests: Requests::default(),
             listeners: Arc::new(Semaphore::new(MAX_LISTENERS)),
             queries: Arc::new(Semaphore::new(MAX_QUERIES)),
+            forced: Arc::new(Semaphore::new(MAX_FORCED)),
+            tasks: TaskTracker::new(),
             ended: ended.clone(),
         });
         let mut tasks = JoinSet::new();

@@ -1,7 +1,8 @@
-//! `roomwarden force-close`: ends rooms for everybody, whoever is in them, and proves it. Our own
-//! participants go first, so that their streams are closed on the usual path while others still are
-//! being removed; then everybody else, then the room; then the server is asked until it has the room
-//! no more. What is gone already is as good as done, so that it may be run again at any time.
+//! `roomwarden force-close`, and the same over the control API: ends rooms for everybody, whoever is
+//! in them, and proves it. Our own participants go first, so that their streams are closed on the usual
+//! path while others still are being removed; then everybody else, then the room; then the server is
+//! asked until it has the room no more. What is gone already is as good as done, so that it may be run
+//! again at any time.
 
 use std::{
     collections::BTreeSet,
@@ -11,9 +12,10 @@ use std::{
 };
 
 use clap::Args;
-use futures_util::{StreamExt, stream};
+use futures_util::{StreamExt, future::BoxFuture, stream};
 use livekit_protocol::{ParticipantInfo, participant_info::State};
 use serde::Serialize;
+use utoipa::ToSchema;
 use wildmatch::WildMatch;
 
 use crate::{
@@ -60,9 +62,31 @@ pub(crate) struct ForceCloseArgs {
     config: ConfigArgs,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+/// What is to be closed.
+pub(crate) struct Order {
+    pub rooms: BTreeSet<String>,
+    pub patterns: Vec<String>,
+    pub dry_run: bool,
+    pub deadline: Duration,
+}
+
+/// What the daemon of this process had in a room.
+pub(crate) struct Ours {
+    pub identity: String,
+    /// Of the room, once it was joined.
+    pub sid: Option<String>,
+    /// Or what is still open.
+    pub left: Result<(), String>,
+}
+
+/// Leaves a room by the close path, with the daemon of this process, and waits for that until a
+/// moment; nothing if it is not there.
+pub(crate) type Leave<'a> =
+    dyn Fn(String, Instant) -> BoxFuture<'a, Option<Ours>> + Send + Sync + 'a;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
-enum Outcome {
+pub(crate) enum Outcome {
     /// The server does not have it any more.
     Closed,
     /// There was no such room.
@@ -73,18 +97,20 @@ enum Outcome {
     NotClosed,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
-enum StepKind {
+pub(crate) enum StepKind {
+    /// By the daemon itself, if it is asked and is in the room.
+    Leave,
     RemoveOurs,
     Remove,
     Delete,
     Verify,
 }
 
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
-enum StepResult {
+pub(crate) enum StepResult {
     Done,
     /// Somebody else has done it.
     AlreadyGone,
@@ -92,19 +118,20 @@ enum StepResult {
 }
 
 /// One step, and when it was over.
-#[derive(Debug, Serialize)]
-struct Step {
+#[derive(Debug, Serialize, ToSchema)]
+pub(crate) struct Step {
     step: StepKind,
     #[serde(skip_serializing_if = "Option::is_none")]
     participant: Option<String>,
+    /// Of the room.
     sid: String,
     result: StepResult,
-    /// Since the start of the command.
+    /// Since the start of the whole.
     at_ms: u64,
 }
 
-#[derive(Debug, Serialize)]
-struct RoomReceipt {
+#[derive(Debug, Serialize, ToSchema)]
+pub(crate) struct RoomReceipt {
     room: String,
     outcome: Outcome,
     /// Who was in it, ours among them.
@@ -113,9 +140,12 @@ struct RoomReceipt {
     steps: Vec<Step>,
 }
 
-#[derive(Serialize)]
-struct Receipt {
-    exit_code: u8,
+/// What became of each room.
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(as = ForceClosed)]
+pub(crate) struct Receipt {
+    /// 0 if none of the rooms is left, 4 if one is.
+    pub exit_code: u8,
     dry_run: bool,
     seconds: f64,
     rooms: Vec<RoomReceipt>,
@@ -129,41 +159,14 @@ pub(crate) async fn force_close(args: ForceCloseArgs, format: Option<LogFormat>)
 async fn run(args: ForceCloseArgs, format: Option<LogFormat>) -> Result<u8, Failed> {
     let config = usage::load(&args.config, format)?;
     let api = api(&config)?;
-    let begun = Instant::now();
-    let closer = Closer {
-        api: &api,
-        begun,
-        until: begun + Duration::from_secs(args.deadline),
+    let order = Order {
+        rooms: args.rooms.into_iter().collect(),
+        patterns: args.pattern,
         dry_run: args.dry_run,
+        deadline: Duration::from_secs(args.deadline),
     };
-    let mut names: BTreeSet<String> = args.rooms.iter().cloned().collect();
-    let patterns: Vec<_> = args
-        .pattern
-        .iter()
-        .map(|pattern| WildMatch::new(pattern))
-        .collect();
-    if !patterns.is_empty() {
-        let listed = closer
-            .persist(closer.until, || api.list_rooms(&[]))
-            .await
-            .map_err(unreachable)?;
-        let fits = |name: &String| patterns.iter().any(|pattern| pattern.matches(name));
-        names.extend(listed.into_iter().map(|room| room.name).filter(fits));
-    }
-    let rooms = stream::iter(names).map(|name| closer.close(name));
-    let mut rooms: Vec<_> = rooms.buffer_unordered(ROOMS_AT_ONCE).collect().await;
-    rooms.sort_by(|a, b| a.room.cmp(&b.room));
-    let open = |room: &&RoomReceipt| matches!(room.outcome, Outcome::MadeAnew | Outcome::NotClosed);
-    let exit_code = match rooms.iter().any(|room| open(&room)) {
-        true => EXIT_ABANDONED,
-        false => EXIT_OK,
-    };
-    let receipt = Receipt {
-        exit_code,
-        dry_run: args.dry_run,
-        seconds: begun.elapsed().as_secs_f64(),
-        rooms,
-    };
+    let receipt = close_rooms(&api, order, None).await.map_err(unreachable)?;
+    let exit_code = receipt.exit_code;
     let mut out = io::stdout().lock();
     if args.json {
         let json = serde_json::to_string(&receipt).map_err(usage::failed)?;
@@ -179,7 +182,60 @@ async fn run(args: ForceCloseArgs, format: Option<LogFormat>) -> Result<u8, Fail
     Ok(exit_code)
 }
 
+/// Closes rooms by a deadline; `leave` is of the daemon of this process, if it is one. Cancelled
+/// half-way it leaves what is done by then.
+///
+/// # Errors
+/// The server does not list the rooms among which those of the patterns are.
+pub(crate) async fn close_rooms<'a>(
+    api: &'a RoomApi,
+    order: Order,
+    leave: Option<&'a Leave<'a>>,
+) -> Result<Receipt, ApiError> {
+    let begun = Instant::now();
+    let closer = Closer {
+        api,
+        begun,
+        until: begun + order.deadline,
+        dry_run: order.dry_run,
+        leave,
+    };
+    let mut names = order.rooms;
+    let patterns: Vec<_> = order
+        .patterns
+        .iter()
+        .map(|pattern| WildMatch::new(pattern))
+        .collect();
+    if !patterns.is_empty() {
+        let listed = closer.persist(closer.until, || api.list_rooms(&[])).await?;
+        let fits = |name: &String| patterns.iter().any(|pattern| pattern.matches(name));
+        names.extend(listed.into_iter().map(|room| room.name).filter(fits));
+    }
+    let rooms = stream::iter(names).map(|name| closer.close(name));
+    let mut rooms: Vec<_> = rooms.buffer_unordered(ROOMS_AT_ONCE).collect().await;
+    rooms.sort_by(|a, b| a.room.cmp(&b.room));
+    let open = |room: &RoomReceipt| matches!(room.outcome, Outcome::MadeAnew | Outcome::NotClosed);
+    Ok(Receipt {
+        exit_code: match rooms.iter().any(open) {
+            true => EXIT_ABANDONED,
+            false => EXIT_OK,
+        },
+        dry_run: order.dry_run,
+        seconds: begun.elapsed().as_secs_f64(),
+        rooms,
+    })
+}
+
 impl RoomReceipt {
+    fn there(&mut self, identity: &str, ours: bool) {
+        let all = [&mut self.participants, &mut self.ours];
+        for list in all.into_iter().take(if ours { 2 } else { 1 }) {
+            if !list.iter().any(|known| known == identity) {
+                list.push(identity.to_owned());
+            }
+        }
+    }
+
     fn line(&self) -> String {
         let people = self.participants.len() - self.ours.len();
         let ours = self.ours.len();
@@ -214,6 +270,7 @@ struct Closer<'a> {
     begun: Instant,
     until: Instant,
     dry_run: bool,
+    leave: Option<&'a Leave<'a>>,
 }
 
 impl Closer<'_> {
@@ -226,6 +283,7 @@ impl Closer<'_> {
             steps: Vec::new(),
         };
         for _ in 0..MOST_TIMES {
+            self.leave(&mut receipt).await;
             let listed = match self.listed(&receipt.room).await {
                 Ok(Some(listed)) => listed,
                 // Closed just now, or never there.
@@ -248,6 +306,24 @@ impl Closer<'_> {
         receipt
     }
 
+    /// Before the server is asked for anything, which may not answer.
+    async fn leave(&self, receipt: &mut RoomReceipt) {
+        let Some(leave) = self.leave.filter(|_| !self.dry_run) else {
+            return;
+        };
+        let by = self.part(PART_FOR_PEOPLE);
+        let Some(ours) = leave(receipt.room.clone(), by).await else {
+            return;
+        };
+        receipt.there(&ours.identity, true);
+        let result = match ours.left {
+            Ok(()) => StepResult::Done,
+            Err(said) => StepResult::Failed(said),
+        };
+        let sid = ours.sid.unwrap_or_default();
+        self.add(receipt, StepKind::Leave, Some(ours.identity), &sid, result);
+    }
+
     async fn close_once(&self, room: &ListedRoom, receipt: &mut RoomReceipt) -> Outcome {
         let ListedRoom { name, sid } = room;
         let by = self.part(PART_FOR_PEOPLE);
@@ -265,10 +341,11 @@ impl Closer<'_> {
             .filter(|p| p.state() != State::Disconnected);
         let ours = |p: &ParticipantInfo| p.attributes.contains_key(DAEMON_ATTRIBUTE);
         let (ours, others): (Vec<_>, Vec<_>) = there.partition(ours);
-        receipt
-            .participants
-            .extend(ours.iter().chain(&others).map(|p| p.identity.clone()));
-        receipt.ours.extend(ours.iter().map(|p| p.identity.clone()));
+        for (participants, are_ours) in [(&ours, true), (&others, false)] {
+            for p in participants {
+                receipt.there(&p.identity, are_ours);
+            }
+        }
         if self.dry_run {
             return Outcome::WouldClose;
         }

@@ -601,7 +601,7 @@ impl World {
         let (commands, received) = mpsc::channel(16);
         let (orders, ordered) = watch::channel(None);
         let board = self.context.registry.board();
-        let card = board.room(&self.context.room).session(&name, &name);
+        let card = board.room(&self.context.room, "us").session(&name, &name);
         let life = session::run(self.context.clone(), name.clone(), card, received, ordered);
         let task = self.tasks.spawn(life);
         self.say(format!("{name} joins"));

@@ -103,7 +103,7 @@ async fn print_quota(args: &QuotaArgs, format: Option<LogFormat>) -> Result<u8, 
     let now = Utc::now();
     let (first, next) = month_of(now);
     let month = usage::from(Some(first));
-    let used = reader.usage(&[], month).map_err(failed)?;
+    let used = reader.usage(&[], month, None).map_err(failed)?;
     let used = used.into_iter().next().unwrap_or_default();
     let peak = reader.peak(month).map_err(failed)?;
     // Only the database's own view is to be held, not while the provider is asked.

@@ -18,7 +18,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::{
     board::{Board, What},
-    close::{CloseOrder, now, order},
+    close::{CloseOrder, now, strengthen},
     domain::{CloseReason, Outcome, Service, StreamId, StreamKey, StreamTotals},
     journal::{Journal, Orphan},
     kernel::{self, KnownSockets, SocketId},
@@ -39,8 +39,42 @@ struct Inner {
     last_id: AtomicU64,
     book: Mutex<Book>,
     open_now: watch::Sender<usize>,
-    /// An order to every stream there is or will be; reaches those whose owner is stuck.
-    for_all: watch::Sender<Option<CloseOrder>>,
+    past_owners: watch::Sender<PastOwners>,
+}
+
+/// Orders that reach a stream whoever owns it, and however stuck that is.
+#[derive(Default)]
+struct PastOwners {
+    /// To every stream there is or will be.
+    all: Option<CloseOrder>,
+    /// To those of them that are open.
+    one: BTreeMap<StreamId, CloseOrder>,
+}
+
+/// What is ordered of one stream past its owner.
+pub(crate) struct Orders {
+    id: StreamId,
+    given: watch::Receiver<PastOwners>,
+}
+
+impl Orders {
+    /// Waits for an order; it may be one that was given before. Cancel safe.
+    pub async fn next(&mut self) -> CloseOrder {
+        while self.given.changed().await.is_ok() {
+            let given = self.given.borrow_and_update();
+            let one = given.one.get(&self.id).cloned();
+            match (given.all.clone(), one) {
+                (Some(mut order), Some(one)) => {
+                    order.merge(&one);
+                    return order;
+                }
+                (Some(order), None) | (None, Some(order)) => return order,
+                (None, None) => {}
+            }
+        }
+        // Without a registry nobody gives any.
+        std::future::pending().await
+    }
 }
 
 #[derive(Default)]
@@ -104,7 +138,7 @@ impl Registry {
             last_id: AtomicU64::new(0),
             book: Mutex::default(),
             open_now: watch::Sender::new(0),
-            for_all: watch::Sender::new(None),
+            past_owners: watch::Sender::default(),
         }))
     }
 
@@ -183,14 +217,31 @@ impl Registry {
     /// Orders every stream to close, past their owners: for those whose owner is stuck, and to
     /// hurry. Streams that are being closed already keep the stronger order.
     pub fn close_all(&self, new: &CloseOrder) {
-        order(&self.0.for_all, new);
+        let given = &self.0.past_owners;
+        given.send_modify(|given| strengthen(&mut given.all, new));
     }
 
-    pub(crate) fn orders_for_all(&self) -> watch::Receiver<Option<CloseOrder>> {
-        let mut orders = self.0.for_all.subscribe();
+    /// Orders one stream to close, past its owner: for those that no room of ours owns. One that is
+    /// over needs no order.
+    pub fn close_one(&self, id: StreamId, new: &CloseOrder) {
+        // Held, so that it is not over before its order is there.
+        let book = self.book();
+        if !book.open.contains_key(&id) {
+            return;
+        }
+        let given = &self.0.past_owners;
+        given.send_modify(|given| {
+            let mut order = given.one.remove(&id);
+            strengthen(&mut order, new);
+            given.one.extend(order.map(|order| (id, order)));
+        });
+    }
+
+    pub(crate) fn orders_to(&self, id: StreamId) -> Orders {
+        let mut given = self.0.past_owners.subscribe();
         // An order given before the stream's permit is to be seen as new.
-        orders.mark_changed();
-        orders
+        given.mark_changed();
+        Orders { id, given }
     }
 
     pub fn open(&self) -> Vec<OpenStream> {
@@ -273,6 +324,10 @@ impl Registry {
         let mut book = self.book();
         book.open.remove(&id);
         self.0.open_now.send_replace(book.open.len());
+        self.0.past_owners.send_if_modified(|given| {
+            given.one.remove(&id);
+            false
+        });
     }
 }
 
@@ -503,22 +558,48 @@ mod tests {
         assert_eq!(registry.open_now(), 0);
     }
 
-    #[test]
-    fn an_order_to_all_is_not_taken_back() {
+    #[tokio::test]
+    async fn an_order_past_the_owner_is_not_taken_back_and_reaches_who_it_is_for() {
         let registry = Registry::new(Ledger::default());
         let now = Instant::now();
         let within = |seconds| CloseOrder {
             reason: CloseReason::OwnerLost,
             deadline: now + Duration::from_secs(seconds),
         };
+        let key = StreamKey {
+            room: "r".into(),
+            participant: "p".into(),
+            track: "t".into(),
+        };
+        let permit = || registry.permit(key.clone(), Arc::default(), None);
+        let (one, other) = (permit().expect("open"), permit().expect("open"));
+        let (mut to_one, mut to_other) =
+            (registry.orders_to(one.id()), registry.orders_to(other.id()));
+        registry.close_one(one.id(), &within(3));
+        registry.close_one(one.id(), &within(4));
+        assert_eq!(to_one.next().await.deadline, within(3).deadline);
+        let nothing = tokio::time::timeout(Duration::from_millis(10), to_other.next());
+        assert!(nothing.await.is_err());
         registry.close_all(&within(1));
         registry.close_all(&within(2));
-        let mut orders = registry.orders_for_all();
-        assert!(
-            orders.has_changed().expect("there"),
-            "new to who comes later"
-        );
-        let order = orders.borrow_and_update().clone().expect("an order");
-        assert_eq!(order.deadline, within(1).deadline);
+        for orders in [
+            &mut to_one,
+            &mut to_other,
+            &mut registry.orders_to(one.id()),
+        ] {
+            assert_eq!(orders.next().await.deadline, within(1).deadline);
+        }
+        let never = || Outcome::NeverOpened {
+            detail: String::new(),
+            failure: None,
+        };
+        let id = one.id();
+        for permit in [one, other] {
+            let receipt = permit.settle(never(), CloseReason::OwnerLost, StreamTotals::default());
+            let _ = receipt;
+        }
+        // Who is over is not kept.
+        registry.close_one(id, &within(1));
+        assert!(registry.0.past_owners.borrow().one.is_empty());
     }
 }

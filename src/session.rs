@@ -945,7 +945,7 @@ mod tests {
         let (end, ended) = oneshot::channel();
         let sent = commands.try_send(Command::Add(track(ended)));
         assert!(sent.is_ok());
-        let room = registry.board().room("r");
+        let room = registry.board().room("r", "us");
         let card = room.session("p", "PA_p");
         let life = run(Arc::new(context), "p".into(), card, received, ordered);
         let session = tokio::spawn(life);

@@ -77,6 +77,8 @@ pub enum StoreError {
          `roomwarden run` brings it up to date"
     )]
     Older { path: PathBuf, version: u32 },
+    #[error("the sums have more than {most} rows")]
+    TooManyRows { most: u32 },
     #[error("the ledger {path} is damaged: {said}")]
     Damaged { path: PathBuf, said: String },
     #[error("the ledger {path}: {error}")]

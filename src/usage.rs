@@ -163,14 +163,14 @@ fn print_usage(args: &UsageArgs, format: Option<LogFormat>) -> Result<(), Failed
         let since = args
             .since
             .map(|at| at.to_rfc3339_opts(SecondsFormat::Secs, true));
-        let (rows, total) = summed(&reader, &args.by, args.since).map_err(failed)?;
+        let (rows, total) = summed(&reader, &args.by, args.since, None).map_err(failed)?;
         let said = json!({ "since": since, "rows": rows, "total": total });
         serde_json::to_writer_pretty(&mut out, &said).map_err(io::Error::from)?;
         writeln!(out)?;
         return Ok(out.flush()?);
     }
-    let rows = reader.usage(&args.by, interval).map_err(failed)?;
-    let total = reader.usage(&[], interval).map_err(failed)?;
+    let rows = reader.usage(&args.by, interval, None).map_err(failed)?;
+    let total = reader.usage(&[], interval, None).map_err(failed)?;
     let total = total.into_iter().next().unwrap_or_default();
     let sums = [
         "streams",
@@ -205,11 +205,13 @@ fn print_usage(args: &UsageArgs, format: Option<LogFormat>) -> Result<(), Failed
     Ok(out.flush()?)
 }
 
-/// Rows with the names of what they are summed by, and the sum of all.
+/// Rows with the names of what they are summed by, and the sum of all; with `most`, so many rows at
+/// most.
 pub(crate) fn summed(
     reader: &Reader,
     by: &[Dimension],
     since: Option<DateTime<Utc>>,
+    most: Option<u32>,
 ) -> Result<(Vec<Value>, Value), StoreError> {
     let interval = from(since);
     let named = |row: UsageRow| {
@@ -220,8 +222,9 @@ pub(crate) fn summed(
         }
         Value::Object(fields)
     };
-    let rows = reader.usage(by, interval)?.into_iter().map(named).collect();
-    let total = reader.usage(&[], interval)?.into_iter().next();
+    let rows = reader.usage(by, interval, most)?;
+    let rows = rows.into_iter().map(named).collect();
+    let total = reader.usage(&[], interval, None)?.into_iter().next();
     Ok((rows, json!(total.unwrap_or_default())))
 }
 

@@ -18,8 +18,9 @@ use axum::{
 };
 use chrono::SecondsFormat;
 use clap::ValueEnum;
-use serde::Deserialize;
-use tokio::time::Instant;
+use serde::{Deserialize, de::DeserializeOwned};
+use serde_json::Value;
+use tokio::{sync::watch, time::Instant};
 use utoipa::{
     OpenApi as _,
     openapi::{
@@ -32,10 +33,17 @@ use utoipa_axum::{router::OpenApiRouter, routes};
 use super::{
     App, ErrorBody, access,
     error::ApiError,
-    events, metrics, query,
-    view::{self, Closed, LogFilter, Ready, Receipt, Room, State, Status, Stream, Streams, Usage},
+    events, force_close, metrics, query,
+    view::{
+        self, Closed, Dispatch, Dispatched, LogFilter, Ready, Receipt, Room, State, Status, Stream,
+        Streams, Usage,
+    },
 };
 use crate::{
+    close::{CloseOrder, now},
+    config,
+    domain::CloseReason,
+    overrides::Overrides,
     registry::OpenStream,
     requests::{Refused, Request, Scope},
     store::Dimension,
@@ -45,6 +53,8 @@ use crate::{
 /// Receipts and failures at once.
 const MAX_LAST: usize = 1000;
 const DEFAULT_LAST: usize = 100;
+/// Of usage: a ledger grows, an answer is held in memory.
+const MAX_ROWS: u32 = 10_000;
 /// A filter of the log, in bytes.
 const MAX_FILTER: usize = 4096;
 /// For an order to be taken.
@@ -100,6 +110,9 @@ fn documented() -> OpenApiRouter<Arc<App>> {
         .routes(routes!(close_stream))
         .routes(routes!(close_room))
         .routes(routes!(reopen_room))
+        .routes(routes!(force_close::room))
+        .routes(routes!(force_close::rooms))
+        .routes(routes!(dispatch))
         .routes(routes!(close_participant))
         .routes(routes!(reopen_participant))
         .routes(routes!(drain))
@@ -256,7 +269,7 @@ struct UsageOf {
     since: Option<String>,
 }
 
-/// What was used, from the ledger, as `roomwarden usage --json` has it.
+/// What was used, from the ledger, as `roomwarden usage --json` has it; of up to 10000 rows.
 #[utoipa::path(get, path = "/api/v1/usage",
     params(
         ("by" = Option<String>, Query, description = "What is summed by: room, participant, model, day, month; several, separated by commas. Left out: month"),
@@ -285,7 +298,8 @@ async fn usage_of(
     })?;
     let since = since.as_deref().map(usage::since).transpose();
     let since = since.map_err(|fix| ApiError::bad_request("since is no day", fix))?;
-    let asked = move |reader: crate::store::Reader| usage::summed(&reader, &by, since);
+    let asked =
+        move |reader: crate::store::Reader| usage::summed(&reader, &by, since, Some(MAX_ROWS));
     let (rows, total) = query(&app, asked).await?;
     Ok(Json(Usage {
         since: since.map(|at| at.to_rfc3339_opts(SecondsFormat::Secs, true)),
@@ -333,7 +347,12 @@ async fn close_stream(
         identity: key.participant,
         track: key.track,
     };
-    close(&app, scope, wait).await
+    let mut closing = Closing::new(scope, &app);
+    if closing.cards.is_empty() {
+        // Of the gateway, where several have one name.
+        closing.streams = [id].into();
+    }
+    close(&app, closing, wait).await
 }
 
 /// Closes all streams of a room, in order, and leaves it. It is not joined again while it lives,
@@ -355,7 +374,7 @@ async fn close_room(
     wait: Waits,
 ) -> Result<(StatusCode, Json<Closed>), ApiError> {
     let Path(room) = room?;
-    close(&app, Scope::Room(room), wait).await
+    close(&app, Closing::new(Scope::Room(room), &app), wait).await
 }
 
 /// Closes all streams of a participant, in order. They are not transcribed again until they rejoin,
@@ -378,7 +397,8 @@ async fn close_participant(
     wait: Waits,
 ) -> Result<(StatusCode, Json<Closed>), ApiError> {
     let Path((room, identity)) = path?;
-    close(&app, Scope::Participant { room, identity }, wait).await
+    let scope = Scope::Participant { room, identity };
+    close(&app, Closing::new(scope, &app), wait).await
 }
 
 /// Takes back that a room was closed by request: the next look for rooms joins it, if it is there.
@@ -420,6 +440,51 @@ async fn reopen_participant(
     Ok(Json(state(&app)))
 }
 
+/// Dispatches agents to a room, which is made if there is none, as `roomwarden dispatch` does; it is
+/// not waited for who takes the job.
+#[utoipa::path(post, path = "/api/v1/rooms/{room}/dispatches", request_body = Dispatch,
+    params(("room" = String, Path, description = "Its name")),
+    responses(
+        (status = 201, description = "Dispatched", body = Dispatched),
+        (status = "4XX", description = "Refused", body = ErrorBody),
+        (status = 502, description = "LiveKit refuses, or can't be asked", body = ErrorBody),
+    )
+)]
+async fn dispatch(
+    AppState(app): AppState<Arc<App>>,
+    room: Result<Path<String>, PathRejection>,
+    request: HttpRequest,
+) -> Result<(StatusCode, Json<Dispatched>), ApiError> {
+    let Path(room) = room?;
+    let new: Dispatch = body(request).await?;
+    let config = app.daemon.config();
+    let agent_name = match new.agent_name {
+        Some(name) if !name.is_empty() => {
+            let wrong = config::wrong_text(&name);
+            let wrong = wrong.map(|fix| ApiError::bad_request("agent_name can't be that", fix));
+            wrong.map_or(Ok(name), Err)?
+        }
+        Some(none) => none,
+        None => config.agent.name.clone().unwrap_or_default(),
+    };
+    let metadata = new.metadata.map(|fields| Value::Object(fields).to_string());
+    let overrides = Overrides::parse(&metadata.unwrap_or_default()).map_err(|said| {
+        let fix = "GET /api/v1/openapi.json says what it may have";
+        ApiError::bad_request(said, fix)
+    })?;
+    let made = app
+        .livekit
+        .create_dispatch(&room, &agent_name, &overrides.to_metadata())
+        .await?;
+    let dispatched = Dispatched {
+        room,
+        agent_name,
+        dispatch: made.id,
+        metadata: made.metadata,
+    };
+    Ok((StatusCode::CREATED, Json(dispatched)))
+}
+
 /// From now on no new rooms and no new participants; the daemon ends with the last room.
 #[utoipa::path(post, path = "/api/v1/drain", responses(
     (status = 200, description = "It drains", body = State),
@@ -446,9 +511,7 @@ async fn undrain(AppState(app): AppState<Arc<App>>) -> Answer<State> {
     (status = "4XX", description = "Refused", body = ErrorBody),
 ))]
 async fn log(AppState(app): AppState<Arc<App>>, request: HttpRequest) -> Answer<LogFilter> {
-    let body = Json::<LogFilter>::from_request(request, &());
-    let body = tokio::time::timeout(access::BODY_LIMIT, body).await;
-    let Json(new) = body.map_err(|_| ApiError::too_slow())??;
+    let new: LogFilter = body(request).await?;
     let fix = "see EnvFilter of tracing-subscriber: info, or info,roomwarden::stt=debug";
     if new.filter.is_empty() || new.filter.len() > MAX_FILTER {
         let said = format!(
@@ -462,6 +525,13 @@ async fn log(AppState(app): AppState<Arc<App>>, request: HttpRequest) -> Answer<
     Ok(Json(new))
 }
 
+pub(super) async fn body<T: DeserializeOwned>(request: HttpRequest) -> Result<T, ApiError> {
+    let body = Json::<T>::from_request(request, &());
+    let body = tokio::time::timeout(access::BODY_LIMIT, body).await;
+    let Json(body) = body.map_err(|_| ApiError::too_slow())??;
+    Ok(body)
+}
+
 /// Asks the daemon, whose root, or a room, may be stuck by a defect.
 async fn ask(
     app: &App,
@@ -472,18 +542,21 @@ async fn ask(
 }
 
 /// A part of the tree that is being closed, as far as it is there.
-struct Closing {
+pub(super) struct Closing {
     scope: Scope,
     /// Cards of what is in it.
     cards: HashSet<u64>,
     /// Tracks of it, by SID.
     tracks: HashSet<String>,
     streams: BTreeSet<u64>,
+    /// Of the board, from before anything of this was seen.
+    changes: watch::Receiver<u64>,
 }
 
 impl Closing {
-    fn new(scope: Scope, app: &App) -> Self {
+    pub fn new(scope: Scope, app: &App) -> Self {
         let mut new = Self {
+            changes: app.daemon.registry().board().changes(),
             scope,
             cards: HashSet::new(),
             tracks: HashSet::new(),
@@ -553,55 +626,76 @@ impl Closing {
         let ours = |stream: &OpenStream| self.streams.contains(&stream.id.0);
         open.into_iter().filter(ours).collect()
     }
+
+    /// Gives the order: to the rooms, and to streams that are owned by none of them, as those of the
+    /// gateway's clients are.
+    pub async fn order(&self, app: &App) -> Result<(), ApiError> {
+        let there = !self.cards.is_empty() || !self.streams.is_empty();
+        let scope = self.scope.clone();
+        let registry = app.daemon.registry();
+        let order = CloseOrder {
+            reason: CloseReason::Requested,
+            deadline: now() + grace(app),
+        };
+        for stream in registry.open() {
+            if self.streams.contains(&stream.id.0) && !self.tracks.contains(&stream.key.track) {
+                registry.close_one(stream.id, &order);
+            }
+        }
+        match ask(app, |answer| Request::Close(scope, answer)).await? {
+            Ok(()) => Ok(()),
+            // It is under way already; or its owner is lost, and it is closing by itself.
+            Err(Refused::Closing) if there => Ok(()),
+            Err(_) if !self.streams.is_empty() => Ok(()),
+            Err(refused) => Err(refused.into()),
+        }
+    }
+
+    /// Waits until all of it is over, until then at most; without a moment it does not wait.
+    pub async fn over(&mut self, app: &App, until: Option<Instant>) -> Closed {
+        let (closed, open) = loop {
+            self.changes.mark_unchanged();
+            let there = self.see(app, false);
+            let open = self.open(app);
+            if !there && open.is_empty() {
+                break (true, open);
+            }
+            let Some(until) = until else {
+                break (false, open);
+            };
+            let changed = app.ended.run_until_cancelled(self.changes.changed());
+            let changed = tokio::time::timeout_at(until, changed).await;
+            if !matches!(changed, Ok(Some(Ok(())))) {
+                break (false, open);
+            }
+        };
+        let receipts = app.daemon.registry().ledger().receipts();
+        let ours = receipts
+            .iter()
+            .filter(|settled| self.streams.contains(&settled.id.0));
+        Closed {
+            closed,
+            receipts: ours.map(|settled| Receipt::from(&**settled)).collect(),
+            still_open: open.iter().map(Stream::from).collect(),
+        }
+    }
+}
+
+fn grace(app: &App) -> Duration {
+    Duration::from_millis(app.daemon.config().stt.close_grace_ms)
 }
 
 /// Gives the order, and waits for the receipts unless that is not wanted.
 async fn close(
     app: &App,
-    scope: Scope,
+    mut closing: Closing,
     wait: Waits,
 ) -> Result<(StatusCode, Json<Closed>), ApiError> {
     let wait = wait?.0.wait.unwrap_or(true);
-    let registry = app.daemon.registry();
-    let mut changes = registry.board().changes();
-    let mut closing = Closing::new(scope.clone(), app);
-    let there = !closing.cards.is_empty() || !closing.streams.is_empty();
-    match ask(app, |answer| Request::Close(scope, answer)).await? {
-        Ok(()) => {}
-        // It is under way already; or its owner is lost, and it is closing by itself.
-        Err(Refused::Closing) if there => {}
-        Err(_) if !closing.streams.is_empty() => {}
-        Err(refused) => return Err(refused.into()),
-    }
-    let grace = Duration::from_millis(app.daemon.config().stt.close_grace_ms);
-    let until = Instant::now() + grace + BEYOND_GRACE;
-    let (closed, open) = loop {
-        changes.mark_unchanged();
-        let there = closing.see(app, false);
-        let open = closing.open(app);
-        if !there && open.is_empty() {
-            break (true, open);
-        }
-        let changed = app.ended.run_until_cancelled(changes.changed());
-        if !wait
-            || !matches!(
-                tokio::time::timeout_at(until, changed).await,
-                Ok(Some(Ok(())))
-            )
-        {
-            break (false, open);
-        }
-    };
-    let receipts = registry.ledger().receipts();
-    let ours = receipts
-        .iter()
-        .filter(|settled| closing.streams.contains(&settled.id.0));
-    let answer = Closed {
-        closed,
-        receipts: ours.map(|settled| Receipt::from(&**settled)).collect(),
-        still_open: open.iter().map(Stream::from).collect(),
-    };
-    let status = match closed {
+    let until = wait.then(|| Instant::now() + grace(app) + BEYOND_GRACE);
+    closing.order(app).await?;
+    let answer = closing.over(app, until).await;
+    let status = match answer.closed {
         true => StatusCode::OK,
         false => StatusCode::ACCEPTED,
     };

@@ -9,7 +9,7 @@ use axum::{
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use crate::{requests::Refused, store::StoreError};
+use crate::{requests::Refused, room, store::StoreError};
 
 /// Of what is quoted.
 const MAX_SAID: usize = 300;
@@ -124,11 +124,28 @@ impl ApiError {
     }
 
     pub fn ledger(error: &StoreError) -> Self {
+        if let StoreError::TooManyRows { .. } = error {
+            return Self::new(
+                StatusCode::BAD_REQUEST,
+                "too_many_rows",
+                error.to_string(),
+                "give a later since, or sum by less; `roomwarden usage` has no such limit",
+            );
+        }
         Self::new(
             StatusCode::SERVICE_UNAVAILABLE,
             "ledger",
             error.to_string(),
             "see the log; once a stream is over there is a ledger",
+        )
+    }
+
+    pub fn ended() -> Self {
+        Self::new(
+            StatusCode::SERVICE_UNAVAILABLE,
+            "ended",
+            "the daemon has ended before it was done",
+            "ask again once it runs: what is done needs not be done again",
         )
     }
 
@@ -196,6 +213,17 @@ impl From<Refused> for ApiError {
             ),
         };
         Self::new(status, code, refused.to_string(), fix)
+    }
+}
+
+impl From<room::api::ApiError> for ApiError {
+    fn from(error: room::api::ApiError) -> Self {
+        Self::new(
+            StatusCode::BAD_GATEWAY,
+            "livekit",
+            error.to_string(),
+            "see what LiveKit says, and ask again",
+        )
     }
 }
 

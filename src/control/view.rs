@@ -546,6 +546,45 @@ pub(crate) struct State {
     pub state: String,
 }
 
+/// Which rooms are to be closed for everybody.
+#[derive(Debug, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct ForceClose {
+    /// All rooms whose name fits: * is any text, ? any character.
+    #[schema(example = "test-*", min_length = 1, max_length = 1024)]
+    pub pattern: String,
+    /// Only to say which rooms would be closed, and who is in them.
+    #[serde(default)]
+    pub dry_run: bool,
+    /// By when everything is over; left out: 30000.
+    #[schema(minimum = 1000, maximum = 3_600_000)]
+    pub deadline_ms: Option<u64>,
+}
+
+/// Agents that are wanted in a room.
+#[derive(Debug, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Dispatch {
+    /// Left out: agent.name of the configuration.
+    #[schema(max_length = 1024)]
+    pub agent_name: Option<String>,
+    /// Settings for the room: model, language, encoding, interim_results, punctuate, smart_format,
+    /// diarize, keyterm, transcripts_to_room.
+    #[schema(value_type = Option<Object>)]
+    pub metadata: Option<serde_json::Map<String, serde_json::Value>>,
+}
+
+/// A dispatch that was made.
+#[derive(Debug, Serialize, Deserialize, ToSchema)]
+pub(crate) struct Dispatched {
+    pub room: String,
+    pub agent_name: String,
+    /// LiveKit's id of it.
+    pub dispatch: String,
+    /// As it was given to LiveKit; empty if nothing is set.
+    pub metadata: String,
+}
+
 /// What is logged, in the syntax of tracing-subscriber's EnvFilter.
 #[derive(Debug, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]

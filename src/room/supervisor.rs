@@ -189,7 +189,7 @@ pub async fn supervise(
     mut orders: watch::Receiver<Option<CloseOrder>>,
 ) -> Ended {
     let name = context.room.clone();
-    let card = context.registry.board().room(&name);
+    let card = context.registry.board().room(&name, &entry.identity);
     let (room, events) = match join(&room_context, &name, &mut entry, &mut orders).await {
         Joined::Yes(room, events) => (room, events),
         Joined::Ordered => return Ended::unjoined(RoomEnd::Closed, tried),

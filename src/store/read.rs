@@ -181,12 +181,19 @@ impl Reader {
         Ok(Self { connection, path })
     }
 
-    /// What was used, a row for each combination of the dimensions' values, in their order.
+    /// What was used, a row for each combination of the dimensions' values, in their order; with
+    /// `most`, so many rows at most.
+    ///
+    /// # Errors
+    /// It can't be read, or there are more rows.
     pub fn usage(
         &self,
         by: &[Dimension],
         Interval { from_ms, before_ms }: Interval,
+        most: Option<u32>,
     ) -> Result<Vec<UsageRow>, StoreError> {
+        // One more shows that there are more; to SQLite, less than nothing is no limit.
+        let limit = most.map_or(-1, |most| i64::from(most) + 1);
         let dimensions: Vec<_> = by.iter().map(|dimension| dimension.sql()).collect();
         let numbers: Vec<_> = (1..=by.len()).map(|n| n.to_string()).collect();
         let (select, group) = match by.is_empty() {
@@ -202,7 +209,7 @@ impl Reader {
                 sum(outcome = 'orphaned'), sum(reconnects > 0), total(connection_seconds),
                 total(audio_seconds), total(provider_seconds), coalesce(sum(audio_bytes), 0),
                 sum(cost), count(DISTINCT currency), max(currency)
-            FROM streams WHERE opened_at_ms >= ?1 AND opened_at_ms < ?2 {group}"
+            FROM streams WHERE opened_at_ms >= ?1 AND opened_at_ms < ?2 {group} LIMIT ?3"
         );
         let after = by.len();
         let row = |row: &Row<'_>| {
@@ -229,7 +236,11 @@ impl Reader {
                     .filter(|_| one_currency),
             })
         };
-        self.all(&sql, params![from_ms, before_ms], row)
+        let rows = self.all(&sql, params![from_ms, before_ms, limit], row)?;
+        match most.filter(|most| rows.len() > *most as usize) {
+            Some(most) => Err(StoreError::TooManyRows { most }),
+            None => Ok(rows),
+        }
     }
 
     /// The last streams that are over, latest first.

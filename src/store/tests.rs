@@ -197,7 +197,7 @@ fn usage_is_summed_by_what_is_asked_for() {
     writer.write_all();
     let reader = Reader::open(&path).expect("opens");
     let of = |by: &[Dimension], interval| {
-        let rows = reader.usage(by, interval).expect("usage");
+        let rows = reader.usage(by, interval, None).expect("usage");
         let sum = |row: &UsageRow| (row.of.join(" "), row.streams, row.audio_seconds);
         rows.iter().map(sum).collect::<Vec<_>>()
     };
@@ -211,7 +211,7 @@ fn usage_is_summed_by_what_is_asked_for() {
     let people = of(&[Dimension::Month, Dimension::Participant], since);
     let names = people.iter().map(|(name, ..)| name.as_str());
     assert_eq!(names.collect::<Vec<_>>(), ["2026-11 alice", "2026-11 bob"]);
-    let whole = reader.usage(&[], Interval::ALL).expect("usage");
+    let whole = reader.usage(&[], Interval::ALL, None).expect("usage");
     let [whole] = &whole[..] else {
         panic!("{whole:?}")
     };
@@ -227,7 +227,11 @@ fn usage_is_summed_by_what_is_asked_for() {
         from_ms: i64::MAX,
         ..Interval::ALL
     };
-    assert_eq!(reader.usage(&[], nothing).expect("usage"), []);
+    assert_eq!(reader.usage(&[], nothing, None).expect("usage"), []);
+    let at_most = |most| reader.usage(&[Dimension::Day], Interval::ALL, Some(most));
+    assert_eq!(at_most(2).expect("usage").len(), 2);
+    let refused = at_most(1).expect_err("two days");
+    assert!(matches!(refused, StoreError::TooManyRows { most: 1 }));
 }
 
 /// The state directory as a crash leaves it at a moment.

@@ -31,7 +31,7 @@ use crate::{
     domain::{CloseReason, Outcome, Phase, StreamId, StreamKey, StreamTotals},
     failure::{Cause, Failure},
     ledger::Settled,
-    registry::{Permit, Registry, Sealed},
+    registry::{Orders, Permit, Registry, Sealed},
 };
 
 /// More audio than can come while a stream is opened: 20 s in the shortest pages.
@@ -129,7 +129,7 @@ pub fn open(
     let inbox = Inbox {
         commands: Some(waiting),
         orders: Some(ordered),
-        for_all: registry.orders_for_all(),
+        past_owner: registry.orders_to(id),
         ordered: None,
         orphan_grace,
     };
@@ -229,8 +229,7 @@ async fn dial(provider: &Provider, permit: &Permit) -> Result<Dialled, Failure> 
 struct Inbox {
     commands: Option<mpsc::Receiver<Command>>,
     orders: Option<watch::Receiver<Option<CloseOrder>>>,
-    /// Orders to every stream of the registry.
-    for_all: watch::Receiver<Option<CloseOrder>>,
+    past_owner: Orders,
     ordered: Option<CloseOrder>,
     orphan_grace: Duration,
 }
@@ -241,7 +240,7 @@ impl Inbox {
         let orphan_grace = self.orphan_grace;
         let new = tokio::select! {
             new = next_order(&mut self.orders, orphan_grace) => new,
-            Ok(()) = self.for_all.changed() => self.for_all.borrow_and_update().clone(),
+            new = self.past_owner.next() => Some(new),
         };
         self.obey(new);
     }
@@ -258,7 +257,7 @@ impl Inbox {
         let orphan_grace = self.orphan_grace;
         let new = tokio::select! {
             new = next_order(&mut self.orders, orphan_grace) => new,
-            Ok(()) = self.for_all.changed() => self.for_all.borrow_and_update().clone(),
+            new = self.past_owner.next() => Some(new),
             command = next_command(&mut self.commands), if takes_more => return command,
         };
         self.obey(new);
@@ -374,6 +373,11 @@ impl Owned {
         self.live.as_mut().expect("taken only by settle and drop")
     }
 
+    fn orders(&mut self) -> Orders {
+        let id = self.live_mut().permit.id();
+        self.registry.orders_to(id)
+    }
+
     fn settle(mut self, reason: CloseReason) -> Arc<Settled> {
         let live = self.live.take().expect("taken only here and in drop");
         live.settle(reason)
@@ -411,7 +415,7 @@ async fn reap(mut owned: Owned) {
     let mut inbox = Inbox {
         commands: None,
         orders: None,
-        for_all: owned.registry.orders_for_all(),
+        past_owner: owned.orders(),
         ordered: Some(CloseOrder {
             reason: CloseReason::OwnerLost,
             deadline,
@@ -842,7 +846,7 @@ mod tests {
         let mut inbox = Inbox {
             commands: None,
             orders: None,
-            for_all: rig.registry.orders_for_all(),
+            past_owner: owned.orders(),
             ordered: None,
             orphan_grace: LIMIT,
         };

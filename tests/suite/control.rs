@@ -18,7 +18,7 @@ use roomwarden::{
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 use tokio::{
-    io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader},
+    io::{AsyncBufReadExt, AsyncRead, AsyncReadExt, AsyncWriteExt, BufReader},
     net::TcpStream,
     time::timeout,
 };
@@ -31,27 +31,27 @@ const TOKEN: &str = "the-token-for-everything";
 const READ_TOKEN: &str = "the-token-for-reading";
 
 /// A daemon with its API on a port.
-struct Daemon {
-    binary: Binary,
-    address: SocketAddr,
-    token: Option<String>,
+pub struct Daemon {
+    pub binary: Binary,
+    pub address: SocketAddr,
+    pub token: Option<String>,
 }
 
-struct Answer {
+pub struct Answer {
     /// 0 if there was no answer.
-    status: u16,
-    headers: HashMap<String, String>,
-    body: String,
+    pub status: u16,
+    pub headers: HashMap<String, String>,
+    pub body: String,
 }
 
 impl Answer {
-    fn json(&self) -> Value {
+    pub fn json(&self) -> Value {
         let said = || format!("{}: {}", self.status, self.body);
         serde_json::from_str(&self.body).unwrap_or_else(|error| panic!("{error}: {}", said()))
     }
 
     /// The body of a refusal, which has one shape; its code.
-    fn refused(&self, status: u16) -> String {
+    pub fn refused(&self, status: u16) -> String {
         assert_eq!(self.status, status, "{}", self.body);
         let body = self.json();
         for part in ["code", "message", "fix"] {
@@ -62,14 +62,14 @@ impl Answer {
         body["error"]["code"].as_str().expect("a code").to_owned()
     }
 
-    fn ok(&self) -> Value {
+    pub fn ok(&self) -> Value {
         assert_eq!(self.status, 200, "{}", self.body);
         self.json()
     }
 }
 
 impl Daemon {
-    async fn start(stage: &Stage, more: &[(&str, &str)]) -> Self {
+    pub async fn start(stage: &Stage, more: &[(&str, &str)]) -> Self {
         let more: Vec<_> = [ANY_PORT].iter().chain(more).copied().collect();
         let mut binary = Binary::run(stage, &more);
         binary.logged("the control API listens").await;
@@ -84,13 +84,13 @@ impl Daemon {
         }
     }
 
-    async fn send(&self, request: &str) -> TcpStream {
+    pub async fn send(&self, request: &str) -> TcpStream {
         let mut tcp = TcpStream::connect(self.address).await.expect("connected");
         tcp.write_all(request.as_bytes()).await.expect("sent");
         tcp
     }
 
-    fn head(&self, method: &str, path: &str, headers: &[(&str, &str)]) -> String {
+    pub fn head(&self, method: &str, path: &str, headers: &[(&str, &str)]) -> String {
         let mut head = format!("{method} {path} HTTP/1.1\r\nConnection: close\r\n");
         if !headers.iter().any(|(name, _)| *name == "Host") {
             head.push_str(&format!("Host: {}\r\n", self.address));
@@ -105,7 +105,13 @@ impl Daemon {
         head
     }
 
-    async fn ask(&self, method: &str, path: &str, headers: &[(&str, &str)], body: &str) -> Answer {
+    pub async fn ask(
+        &self,
+        method: &str,
+        path: &str,
+        headers: &[(&str, &str)],
+        body: &str,
+    ) -> Answer {
         let length = body.len().to_string();
         let mut headers = headers.to_vec();
         if !body.is_empty() && !headers.iter().any(|(name, _)| *name == "Content-Length") {
@@ -115,16 +121,21 @@ impl Daemon {
         answer(self.send(&request).await).await
     }
 
-    async fn get(&self, path: &str) -> Answer {
+    pub async fn get(&self, path: &str) -> Answer {
         self.ask("GET", path, &[], "").await
     }
 
-    async fn post(&self, path: &str) -> Answer {
+    pub async fn post(&self, path: &str) -> Answer {
         self.ask("POST", path, &[], "").await
     }
 
+    pub async fn send_json(&self, method: &str, path: &str, body: &Value) -> Answer {
+        let json = [("Content-Type", "application/json")];
+        self.ask(method, path, &json, &body.to_string()).await
+    }
+
     /// Asks again and again until the answer fits.
-    async fn until(&self, path: &str, fits: impl Fn(&Value) -> bool) -> Value {
+    pub async fn until(&self, path: &str, fits: impl Fn(&Value) -> bool) -> Value {
         self.until_within(LIMIT, path, fits).await
     }
 
@@ -150,11 +161,11 @@ impl Daemon {
         }
     }
 
-    async fn status(&self, fits: impl Fn(&Value) -> bool) -> Value {
+    pub async fn status(&self, fits: impl Fn(&Value) -> bool) -> Value {
         self.until("/api/v1/status", fits).await
     }
 
-    async fn end(self, code: u8) -> String {
+    pub async fn end(self, code: u8) -> String {
         self.binary.signal("TERM");
         let (status, log) = self.binary.exit().await;
         assert_eq!(status.code(), Some(code.into()), "{log}");
@@ -163,7 +174,7 @@ impl Daemon {
 }
 
 /// What comes to the end of the connection.
-async fn answer(mut tcp: TcpStream) -> Answer {
+pub async fn answer(mut tcp: impl AsyncRead + Unpin) -> Answer {
     let mut bytes = Vec::new();
     let read = timeout(LIMIT, tcp.read_to_end(&mut bytes)).await;
     // A refusal of a body that is still on its way may end in a reset.
@@ -817,7 +828,7 @@ impl Events {
         }
     }
 
-    async fn until(&mut self, name: &str) -> Event {
+    pub async fn until(&mut self, name: &str) -> Event {
         loop {
             let event = self
                 .next()
@@ -1377,6 +1388,54 @@ async fn the_close_can_be_watched() {
     stage.end().await;
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn usage_of_very_much_is_refused_and_what_to_ask_for_is_said() {
+    let stage = Stage::new().await;
+    let daemon = Daemon::start(&stage, &[]).await;
+    let alice = stage.speaker("r", "alice").await;
+    stage.streaming(1).await;
+    alice.leave().await;
+    let usage = "/api/v1/usage?by=room,participant";
+    daemon
+        .until(usage, |usage| usage["total"]["streams"] == 1)
+        .await;
+    // As many as may be, of a day long ago.
+    let add = |from: u32, to: u32| {
+        let file = stage.state.path().join("roomwarden.db");
+        let ledger = rusqlite::Connection::open(file).expect("opens");
+        let limit = Duration::from_secs(10);
+        ledger.busy_timeout(limit).expect("set");
+        let sql = "WITH RECURSIVE n(n) AS (SELECT ?1 UNION ALL SELECT n + 1 FROM n WHERE n < ?2)
+            INSERT INTO streams (receipt, daemon, run, id, room, participant, track, provider,
+                model, encoding, opened_at_ms, settled_at_ms, reconnects, outcome, reason)
+            SELECT 'old-' || n, 'old', 1, n, 'room ' || n, 'ann', 'TR', 'p', 'm', 'e',
+                1000, 2000, 0, 'acknowledged', 'left' FROM n";
+        ledger.execute(sql, [from, to]).expect("written");
+    };
+    add(1, 9_999);
+    let most = daemon.get(usage).await.ok();
+    assert_eq!(most["rows"].as_array().map(Vec::len), Some(10_000));
+    add(10_000, 10_000);
+    let refused = daemon.get(usage).await;
+    assert_eq!(refused.refused(400), "too_many_rows");
+    assert!(refused.body.contains("later since"), "{}", refused.body);
+    let fewer = daemon.get("/api/v1/usage?by=participant").await.ok();
+    assert_eq!(fewer["total"]["streams"], 10_001, "{fewer}");
+    let later = daemon.get(&format!("{usage}&since=7d")).await.ok();
+    assert_eq!(later["rows"][0]["room"], "r", "{later}");
+    // The command prints all of it.
+    let said = says(
+        &stage,
+        &["usage", "--by", "room,participant", "--json"],
+        EXIT_OK,
+    )
+    .await;
+    let said: Value = serde_json::from_str(&said).expect("JSON");
+    assert_eq!(said["rows"].as_array().map(Vec::len), Some(10_001));
+    daemon.end(EXIT_OK).await;
+    stage.end().await;
+}
+
 /// LiveKit's token for a webhook.
 fn signed(stage: &Stage, body: &str) -> String {
     signed_with(stage, stage.rooms.api_secret(), body)
@@ -1435,150 +1494,4 @@ async fn shells_can_complete_the_commands() {
         }
     }
     stage.end().await;
-}
-
-/// Requests made from the API's own description, with values that fit and values that do not.
-/// ROOMWARDEN_FUZZ says how many, ROOMWARDEN_SEED which.
-#[tokio::test(flavor = "multi_thread")]
-async fn nothing_that_is_asked_is_answered_with_a_defect() {
-    let number = |name: &str| std::env::var(name).ok().and_then(|n| n.parse().ok());
-    let requests = number("ROOMWARDEN_FUZZ").unwrap_or(600);
-    let seed = number("ROOMWARDEN_SEED").unwrap_or_else(|| fastrand::u64(..1 << 32));
-    println!("{requests} requests, ROOMWARDEN_SEED={seed}");
-    let mut random = fastrand::Rng::with_seed(seed);
-    let stage = Stage::new().await;
-    let daemon = Daemon::start(&stage, &[("ROOMWARDEN__STT__CLOSE_GRACE_MS", "500")]).await;
-    let alice = stage.speaker("r", "alice").await;
-    stage.streaming(1).await;
-    let description = daemon.get("/api/v1/openapi.json").await.ok();
-    assert_eq!(
-        description["info"]["title"], "roomwarden",
-        "{}",
-        description["info"]
-    );
-    let paths = description["paths"].as_object().expect("paths");
-    let mut operations = Vec::new();
-    for (path, methods) in paths {
-        for (method, operation) in methods.as_object().expect("methods") {
-            // It would end, and with it the rest.
-            if path != "/api/v1/drain" {
-                operations.push((method.to_uppercase(), path.clone(), operation.clone()));
-            }
-        }
-    }
-    assert_eq!(operations.len(), 18, "{operations:#?}");
-    let mut by_status: HashMap<u16, usize> = HashMap::new();
-    for _ in 0..requests {
-        let (method, path, operation) = random.choice(&operations).expect("some").clone();
-        let mut path = path;
-        let mut query = Vec::new();
-        let mut headers = Vec::new();
-        let parameters = operation["parameters"]
-            .as_array()
-            .cloned()
-            .unwrap_or_default();
-        for parameter in parameters {
-            let name = parameter["name"].as_str().expect("a name");
-            let value = value(&mut random);
-            match parameter["in"].as_str() {
-                Some("path") => path = path.replace(&format!("{{{name}}}"), &encoded(&value)),
-                Some("query") if random.bool() => query.push(format!("{name}={}", encoded(&value))),
-                Some("header") if random.bool() => headers.push((name.to_owned(), encoded(&value))),
-                _ => {}
-            }
-        }
-        if random.u8(..10) == 0 {
-            query.push(encoded(&value(&mut random)));
-        }
-        if !query.is_empty() {
-            path = format!("{path}?{}", query.join("&"));
-        }
-        let body = match operation.get("requestBody") {
-            Some(_) => body(&mut random),
-            None if random.u8(..10) == 0 => body(&mut random),
-            None => String::new(),
-        };
-        if random.u8(..10) > 0 {
-            headers.push(("Content-Type".to_owned(), "application/json".to_owned()));
-        }
-        let method = match random.u8(..20) {
-            0 => ["GET", "POST", "PUT", "DELETE", "PATCH", "HEAD", "OPTIONS"][random.usize(..7)],
-            _ => &method,
-        };
-        let headers: Vec<_> = headers
-            .iter()
-            .map(|(n, v)| (n.as_str(), v.as_str()))
-            .collect();
-        let said = || format!("{method} {path} {headers:?} {body}, ROOMWARDEN_SEED={seed}");
-        // Events do not end: their head is enough.
-        let events = path.starts_with("/api/v1/events");
-        let answer = match events && matches!(method, "GET") {
-            true => head_of(&daemon, &daemon.head(method, &path, &headers)).await,
-            false => {
-                let answer = daemon.ask(method, &path, &headers, &body).await;
-                if answer.status >= 400 && method != "HEAD" && !path.starts_with("/readyz") {
-                    answer.refused(answer.status);
-                }
-                answer.status
-            }
-        };
-        let not_ready = path.starts_with("/readyz") && answer == 503;
-        assert!(answer < 500 || not_ready, "{answer}: {}", said());
-        *by_status.entry(answer).or_default() += 1;
-    }
-    println!("{by_status:?}");
-    assert!(by_status[&200] > 0 && by_status.len() > 3, "{by_status:?}");
-    let log = daemon.end(EXIT_OK).await;
-    assert!(!log.contains("panicked"), "{log}");
-    alice.leave().await;
-    stage.end().await;
-}
-
-async fn head_of(daemon: &Daemon, request: &str) -> u16 {
-    let mut lines = BufReader::new(daemon.send(request).await).lines();
-    let line = timeout(LIMIT, lines.next_line()).await.expect("an answer");
-    let line = line.expect("read").expect("a line");
-    line.split(' ')
-        .nth(1)
-        .expect("a status")
-        .parse()
-        .expect("a number")
-}
-
-fn value(random: &mut fastrand::Rng) -> String {
-    let known = [
-        "r",
-        "alice",
-        "1",
-        "0",
-        "2",
-        "true",
-        "false",
-        "room",
-        "participant,day",
-        "7d",
-        "today",
-        "2026-11-01",
-        "",
-    ];
-    match random.u8(..6) {
-        0..=2 => random.choice(known).expect("some").to_owned(),
-        3 => random.i64(..).to_string(),
-        4 => (0..random.usize(..40)).map(|_| random.char(..)).collect(),
-        _ => "x/..;%00\"'<".repeat(random.usize(..30)),
-    }
-}
-
-fn body(random: &mut fastrand::Rng) -> String {
-    match random.u8(..4) {
-        0 => json!({ "filter": "info" }).to_string(),
-        1 => json!({ "filter": value(random) }).to_string(),
-        2 => json!({ value(random): [value(random)] }).to_string(),
-        _ => value(random),
-    }
-}
-
-/// As it may stand in a path, or after `?`.
-fn encoded(text: &str) -> String {
-    text.bytes().map(|byte| format!("%{byte:02x}")).collect()
 }

@@ -1,7 +1,7 @@
 //! `roomwarden force-close` on the real binary: the room server says which rooms are gone, the STT
 //! server how the streams in them ended.
 
-use std::process::Output;
+use std::{collections::BTreeSet, process::Output};
 
 use livekit_api::services::room::CreateRoomOptions;
 use livekit_protocol::DisconnectReason;
@@ -11,15 +11,24 @@ use roomwarden::{
     daemon::Daemon,
     transcripts::Sinks,
 };
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::{
-    stage::{Stage, stop},
-    worker::roomwarden,
+    control,
+    stage::{LIMIT, Stage, stop},
+    worker::{dispatches, roomwarden},
 };
 
 fn report(output: &Output) -> Value {
     serde_json::from_slice(&output.stdout).unwrap_or_else(|error| panic!("{error}: {output:?}"))
+}
+
+fn steps(report: &Value) -> Vec<&str> {
+    let steps = report["rooms"][0]["steps"].as_array().expect("steps");
+    steps
+        .iter()
+        .map(|step| step["step"].as_str().expect("a step"))
+        .collect()
 }
 
 fn outcomes(report: &Value) -> Vec<&str> {
@@ -201,5 +210,157 @@ async fn who_cannot_be_removed_does_not_keep_the_room() {
     for speaker in [ann, bob] {
         speaker.leave().await;
     }
+    stage.end().await;
+}
+
+/// The daemon that is asked leaves by itself, before anybody is removed.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_daemon_closes_rooms_for_everybody_whether_or_not_it_is_in_them() {
+    let stage = Stage::new().await;
+    let ours = [("ROOMWARDEN__ROOMS__INCLUDE", "ours")];
+    let daemon = control::Daemon::start(&stage, &ours).await;
+    let ann = stage.speaker("ours", "ann").await;
+    let bob = stage.speaker("others/ü", "bob").await;
+    let made = async |name: &str| {
+        let made = stage
+            .api()
+            .create_room(name, CreateRoomOptions::default())
+            .await;
+        made.expect("a room");
+    };
+    for name in ["test-1", "test-2", "spared"] {
+        made(name).await;
+    }
+    stage.streaming(1).await;
+    let one = "/api/v1/rooms/ours/force-close";
+    let dry = daemon.post(&format!("{one}?dry_run=true")).await.ok();
+    assert_eq!(outcomes(&dry), ["would_close"]);
+    assert_eq!(
+        dry["rooms"][0]["participants"],
+        json!(["roomwarden", "ann"])
+    );
+    assert_eq!(stage.stt.witness().open_now, 1);
+
+    let done = daemon.post(one).await.ok();
+    assert_eq!(outcomes(&done), ["closed"], "{done}");
+    assert_eq!(done["exit_code"], EXIT_OK);
+    assert_eq!(done["rooms"][0]["ours"], json!(["roomwarden"]));
+    assert_eq!(steps(&done), ["leave", "remove", "delete", "verify"]);
+    let all_done = |step: &Value| step["result"] == "done";
+    let each = done["rooms"][0]["steps"].as_array().expect("steps");
+    assert!(each.iter().all(all_done), "{done}");
+    let witness = stage.rooms.witness();
+    let room = witness.room("ours").expect("the room");
+    assert_eq!(room.end_reason, Some(DisconnectReason::RoomDeleted));
+    let (us, her) = (room.participant("roomwarden"), room.participant("ann"));
+    let (us, her) = (us.expect("us"), her.expect("ann"));
+    assert_eq!(us.reason, Some(DisconnectReason::ClientInitiated));
+    assert_eq!(her.reason, Some(DisconnectReason::ParticipantRemoved));
+    assert!(us.left.expect("gone").ms <= her.left.expect("gone").ms);
+    stage.all_acknowledged(1).await;
+    let receipts = daemon.get("/api/v1/receipts").await.ok();
+    assert_eq!(receipts[0]["reason"], "requested", "{receipts}");
+
+    let done = daemon
+        .post("/api/v1/rooms/others%2F%C3%BC/force-close")
+        .await
+        .ok();
+    assert_eq!(steps(&done), ["remove", "delete", "verify"], "{done}");
+    let again = daemon.post(one).await.ok();
+    assert_eq!(outcomes(&again), ["not_there"]);
+
+    let several = "/api/v1/force-close";
+    let asked = async |body: Value| daemon.send_json("POST", several, &body).await;
+    let dry = asked(json!({"pattern": "test-*", "dry_run": true})).await;
+    assert_eq!(outcomes(&dry.ok()), ["would_close"; 2]);
+    let done = asked(json!({"pattern": "test-?", "deadline_ms": 20_000})).await;
+    assert_eq!(outcomes(&done.ok()), ["closed"; 2]);
+    let left = || {
+        let witness = stage.rooms.witness();
+        let left = witness.live_rooms().map(|room| room.name.clone());
+        left.collect::<Vec<_>>()
+    };
+    assert_eq!(left(), ["spared"]);
+
+    for wrong in [
+        json!({}),
+        json!({"pattern": ""}),
+        json!({"pattern": "x".repeat(1025)}),
+        json!({"pattern": "*", "deadline_ms": 999}),
+        json!({"pattern": "*", "rooms": []}),
+    ] {
+        assert_eq!(asked(wrong).await.refused(400), "bad_request");
+    }
+    let refused = daemon.post(&format!("{one}?deadline_ms=999")).await;
+    assert_eq!(refused.refused(400), "bad_request");
+
+    stage.faults(|faults| faults.api_failing = true).await;
+    let refused = asked(json!({"pattern": "*", "deadline_ms": 1000})).await;
+    assert_eq!(refused.refused(502), "livekit");
+    let failed = "/api/v1/rooms/spared/force-close?deadline_ms=1000";
+    let failed = daemon.post(failed).await;
+    assert_eq!(failed.status, 504, "{}", failed.body);
+    assert_eq!(outcomes(&failed.json()), ["not_closed"]);
+    assert_eq!(failed.json()["exit_code"], EXIT_ABANDONED);
+    stage.faults(|_| {}).await;
+
+    // Who goes away once it has begun does not leave it half done.
+    let eve = stage.speaker("ours", "eve").await;
+    stage.streaming(1).await;
+    stage.faults(|faults| faults.api_failing = true).await;
+    let asked = daemon.send(&daemon.head("POST", one, &[])).await;
+    stage.open(0).await;
+    drop(asked);
+    stage.faults(|_| {}).await;
+    let gone = |w: &rehearsal::room::Witness| w.live_rooms().all(|room| room.name != "ours");
+    let gone = stage.rooms.wait_for(gone, LIMIT).await;
+    assert!(gone.is_ok(), "{:?}", left());
+    daemon.end(EXIT_OK).await;
+    for speaker in [ann, bob, eve] {
+        speaker.leave().await;
+    }
+    stage.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn agents_are_dispatched_over_the_control_api() {
+    let stage = Stage::new().await;
+    let name = [("ROOMWARDEN__AGENT__NAME", "scribe")];
+    let daemon = control::Daemon::start(&stage, &name).await;
+    let asked = async |body: Value| {
+        let path = "/api/v1/rooms/r/dispatches";
+        daemon.send_json("POST", path, &body).await
+    };
+    let wrong = asked(json!({"metadata": {"modle": "nova-2"}})).await;
+    assert_eq!(wrong.refused(400), "bad_request");
+    assert!(wrong.body.contains("did you mean model?"), "{}", wrong.body);
+    for wrong in [
+        json!({"agent_name": " x"}),
+        json!({"metadata": "{}"}),
+        json!({"name": "x"}),
+    ] {
+        assert_eq!(asked(wrong).await.refused(400), "bad_request");
+    }
+    assert_eq!(stage.rooms.witness().live_rooms().count(), 0);
+    let mut made = Vec::new();
+    for (body, agent) in [
+        (json!({"metadata": {"model": "nova-2"}}), "scribe"),
+        (json!({"agent_name": "other"}), "other"),
+    ] {
+        let answer = asked(body).await;
+        assert_eq!(answer.status, 201, "{}", answer.body);
+        let answer = answer.json();
+        let text = |name: &str| answer[name].as_str().expect("a text").to_owned();
+        assert_eq!((&*text("room"), &*text("agent_name")), ("r", agent));
+        made.push((text("dispatch"), agent.to_owned(), text("metadata")));
+    }
+    let listed = dispatches(&stage).list_dispatch("r").await.expect("a list");
+    // The server itself dispatches who has no name to every room.
+    let listed = listed.into_iter().filter(|d| !d.agent_name.is_empty());
+    let listed = listed.map(|d| (d.id, d.agent_name, d.metadata));
+    assert_eq!(made[0].2, r#"{"model":"nova-2"}"#);
+    let (listed, made): (BTreeSet<_>, BTreeSet<_>) = (listed.collect(), made.into_iter().collect());
+    assert_eq!(listed, made);
+    daemon.end(EXIT_OK).await;
     stage.end().await;
 }

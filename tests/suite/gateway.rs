@@ -310,6 +310,45 @@ async fn a_stream_ends_with_who_it_is_for() {
     rig.end().await;
 }
 
+/// No room of ours owns them.
+#[tokio::test(flavor = "multi_thread")]
+async fn streams_are_closed_by_request() {
+    let rig = Rig::new(stt::Config::default(), &[]).await;
+    let ann = rig.stage.speaker("r", "ann").await;
+    let of_ann = "/rooms/r/participants/ann/v1/listen";
+    let mut clients = Vec::new();
+    for path in [of_ann, of_ann, "/rooms/r/v1/listen", "/v1/listen"] {
+        clients.push(rig.connect(path).await.expect("a stream").0);
+    }
+    rig.stage.open(4).await;
+    let close = async |args: &[&str], closed: usize| {
+        let all = [&["close"], args, &["--json"]].concat();
+        let output = crate::worker::roomwarden(&rig.stage, &all).await;
+        assert_eq!(output.status.code(), Some(EXIT_OK.into()), "{output:?}");
+        let said: Value = serde_json::from_slice(&output.stdout).expect("JSON");
+        let receipts = said["receipts"].as_array().expect("receipts");
+        assert_eq!((&said["closed"], receipts.len()), (&true.into(), closed));
+        for receipt in receipts {
+            assert_eq!(receipt["reason"], "requested", "{receipt}");
+        }
+    };
+    // One of two of a name, by its number.
+    close(&["stream", "2"], 1).await;
+    rig.stage.open(3).await;
+    let (_, code, reason) = rest(clients.remove(1)).await;
+    assert_eq!((code, reason.as_str()), (1001, "requested"));
+    close(&["participant", "r", "ann"], 1).await;
+    close(&["room", "r"], 1).await;
+    rig.stage.open(1).await;
+    for client in clients.drain(..2) {
+        assert_eq!(rest(client).await.1, 1001);
+    }
+    drop(clients);
+    rig.stage.all_acknowledged(4).await;
+    ann.leave().await;
+    rig.end().await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_refusal_says_what_the_provider_said() {
     let rig = Rig::new(

@@ -112,7 +112,7 @@ impl Sessions {
             assert!(add.is_ok());
             all.push(commands);
             let name = format!("p{number}");
-            let card = registry.board().room("none").session(&name, &name);
+            let card = registry.board().room("none", "us").session(&name, &name);
             tasks.spawn(session::run(
                 context.clone(),
                 name,

@@ -17,6 +17,7 @@ mod dev;
 mod force_close;
 #[cfg(target_os = "linux")]
 mod frozen;
+mod fuzz_api;
 mod gateway;
 mod killed;
 mod ledger;

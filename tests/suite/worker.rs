@@ -77,7 +77,7 @@ async fn registered(stage: &Stage, workers: usize) {
     seen(stage, "workers register", there).await;
 }
 
-fn dispatches(stage: &Stage) -> AgentDispatchClient {
+pub fn dispatches(stage: &Stage) -> AgentDispatchClient {
     let (key, secret) = (stage.rooms.api_key(), stage.rooms.api_secret());
     AgentDispatchClient::with_api_key(&stage.rooms.http_url(), key, secret)
 }
