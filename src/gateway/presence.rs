@@ -12,8 +12,11 @@ use tokio::{sync::watch, task::JoinSet};
 
 use crate::room::api::{ApiError, RoomApi};
 
-/// Identities; None before the first list.
-type Present = Option<Arc<HashSet<String>>>;
+/// Identities, as of the last list.
+type Present = Arc<HashSet<String>>;
+
+/// A list that was under way may be from before somebody came.
+const ROUNDS: u32 = 2;
 
 pub(super) struct Presence {
     api: Arc<RoomApi>,
@@ -32,6 +35,8 @@ pub(super) struct Tie {
     present: watch::Receiver<Present>,
     /// None for anybody: then it is the room that counts.
     identity: Option<String>,
+    /// Lists in a row that do not have them.
+    missing: u32,
 }
 
 impl Presence {
@@ -52,10 +57,13 @@ impl Presence {
             return Ok(None);
         }
         let watched = self.watch(room, there, every);
+        let mut present = watched.present.clone();
+        present.mark_unchanged();
         Ok(Some(Tie {
-            present: watched.present.clone(),
+            present,
             watched,
             identity: identity.map(str::to_owned),
+            missing: 0,
         }))
     }
 
@@ -65,7 +73,7 @@ impl Presence {
             return watched;
         }
         rooms.retain(|_, watched| watched.strong_count() > 0);
-        let (sender, present) = watch::channel(Some(Arc::new(there)));
+        let (sender, present) = watch::channel(Arc::new(there));
         let mut task = JoinSet::new();
         task.spawn(look(self.api.clone(), room.to_owned(), every, sender));
         let watched = Arc::new(Watched {
@@ -81,14 +89,16 @@ impl Tie {
     /// Waits until who it is to has left; why. Cancel safe.
     pub async fn left(&mut self) -> String {
         let identity = self.identity.as_deref();
-        let gone = |present: &Present| {
-            let there = present.as_ref();
-            there.is_some_and(|there| !is_there(there, identity))
-        };
-        // Its sender lives as long as this.
-        let _watched = &self.watched;
-        if self.present.wait_for(gone).await.is_err() {
-            return std::future::pending().await;
+        while self.missing < ROUNDS {
+            // Its sender lives as long as this.
+            let _watched = &self.watched;
+            if self.present.changed().await.is_err() {
+                return std::future::pending().await;
+            }
+            self.missing = match is_there(&self.present.borrow_and_update(), identity) {
+                true => 0,
+                false => self.missing + 1,
+            };
         }
         match identity {
             Some(_) => "found by the gateway".to_owned(),
@@ -111,7 +121,7 @@ async fn look(api: Arc<RoomApi>, room: String, every: Duration, sender: watch::S
         match present(&api, &room).await {
             Ok(there) => {
                 failing = false;
-                sender.send_replace(Some(Arc::new(there)));
+                sender.send_replace(Arc::new(there));
             }
             // Nobody is taken for gone because the server does not say.
             Err(error) if !std::mem::replace(&mut failing, true) => {

@@ -282,7 +282,16 @@ async fn a_stream_ends_with_who_it_is_for() {
     let (of_ann, _) = rig.connect(ann).await.expect("a stream");
     let (of_room, _) = rig.connect("/rooms/r/v1/listen").await.expect("a stream");
     let (of_nobody, _) = rig.connect("/v1/listen").await.expect("a stream");
+    // The last list of the room is older than carol.
+    let carol = rig.stage.speaker("r", "carol").await;
+    let of_carol = rig.connect("/rooms/r/participants/carol/v1/listen").await;
+    let (of_carol, _) = of_carol.expect("a stream");
+    // Some lists later.
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    rig.stage.open(4).await;
+    drop(of_carol);
     rig.stage.open(3).await;
+    carol.leave().await;
 
     let begun = Instant::now();
     rig.stage
@@ -306,7 +315,7 @@ async fn a_stream_ends_with_who_it_is_for() {
     assert_eq!(code, 1001);
     rig.stage.open(1).await;
     drop(of_nobody);
-    rig.stage.all_acknowledged(3).await;
+    rig.stage.all_acknowledged(4).await;
     rig.end().await;
 }
 
