@@ -301,19 +301,20 @@ impl Core {
 
     fn update_job(&mut self, id: &str, update: &proto::UpdateJobStatus) {
         let status = update.status();
-        self.recorder
-            .job_updated(&update.job_id, status, &update.error);
-        let Some(worker) = self.agents.workers.get_mut(id) else {
-            return;
-        };
         let over = match status {
-            proto::JobStatus::JsSuccess => JobStatus::Succeeded,
-            proto::JobStatus::JsFailed => JobStatus::Failed,
-            proto::JobStatus::JsPending | proto::JobStatus::JsRunning => return,
+            proto::JobStatus::JsSuccess => Some(JobStatus::Succeeded),
+            proto::JobStatus::JsFailed => Some(JobStatus::Failed),
+            proto::JobStatus::JsPending | proto::JobStatus::JsRunning => None,
         };
-        if worker.jobs.remove(&update.job_id) {
+        let worker = self.agents.workers.get_mut(id);
+        if let (Some(over), Some(worker)) = (over, worker)
+            && worker.jobs.remove(&update.job_id)
+        {
             self.recorder.job_ended(&update.job_id, over, &update.error);
         }
+        // Last, so that who sees the report sees what came of it.
+        self.recorder
+            .job_updated(&update.job_id, status, &update.error);
     }
 
     /// Offers a job that the worker has made up to the worker itself.
