@@ -4,7 +4,7 @@
 //! other frameworks were measured.
 //!
 //! `cargo bench --bench figures [-- SECTION...]`, with sections close, shutdown, words, open, delay,
-//! cost, idle, gateway.
+//! cost, idle.
 
 #![allow(clippy::disallowed_methods, reason = "the bans are about the daemon")]
 
@@ -35,10 +35,7 @@ use tokio::{
     net::{TcpListener, TcpStream},
     process::{Child, Command},
 };
-use tokio_tungstenite::{
-    connect_async,
-    tungstenite::{Message, client::IntoClientRequest},
-};
+use tokio_tungstenite::tungstenite::Message;
 
 /// How long the STT server takes to answer CloseStream.
 const ANSWER: Duration = Duration::from_millis(100);
@@ -77,9 +74,6 @@ async fn main() {
     }
     if wanted("cost") {
         cost().await;
-    }
-    if wanted("gateway") {
-        gateway().await;
     }
 }
 
@@ -620,72 +614,4 @@ async fn cost() {
     daemon.exit().await;
     join_all(speakers.into_iter().map(Speaker::leave)).await;
     stage.end().await;
-}
-
-// --- The gateway ----------------------------------------------------------------------------
-
-/// What the gateway adds: the time from a message to its answer, with it and without, in turns.
-async fn gateway() {
-    const ROUNDS: usize = 1000;
-    const KEY: &str = "the-gateways-own-key";
-    let stage = Stage::answering();
-    // A port that is free now: the daemon's log is not read here.
-    let free = TcpListener::bind("127.0.0.1:0").await.expect("a port");
-    let address = free.local_addr().expect("an address").to_string();
-    drop(free);
-    let variables = [
-        ("ROOMWARDEN__GATEWAY__LISTEN", address.as_str()),
-        ("ROOMWARDEN__GATEWAY__TOKEN", KEY),
-    ];
-    let daemon = stage.daemon(&stage.stt.url(), &variables);
-    let query = "model=nova-3&encoding=linear16&sample_rate=16000";
-    let connect = |url: String, key: &str| {
-        let mut request = url.into_client_request().expect("a request");
-        let key = format!("Token {key}").parse().expect("a header's value");
-        request.headers_mut().insert("authorization", key);
-        connect_async(request)
-    };
-    let through = async {
-        loop {
-            if let Ok((socket, _)) = connect(format!("ws://{address}/v1/listen?{query}"), KEY).await
-            {
-                return socket;
-            }
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        }
-    };
-    let through = tokio::time::timeout(LIMIT, through).await;
-    let mut through = through.expect("the gateway listens");
-    let (mut direct, _) = connect(format!("{}?{query}", stage.stt.url()), stage.stt.api_key())
-        .await
-        .expect("a stream");
-    let mut times = [Vec::new(), Vec::new()];
-    for _ in 0..ROUNDS {
-        for (socket, times) in [&mut direct, &mut through].into_iter().zip(&mut times) {
-            // Some audio, so that there is something to finalise.
-            let audio = Message::binary(vec![0; 3200]);
-            socket.send(audio).await.expect("sent");
-            let begun = Instant::now();
-            let finalize = Message::text(r#"{"type":"Finalize"}"#);
-            socket.send(finalize).await.expect("sent");
-            while let Some(message) = socket.next().await {
-                let message = message.expect("a message");
-                if message.is_text()
-                    && message
-                        .to_text()
-                        .is_ok_and(|t| t.contains("from_finalize\":true"))
-                {
-                    break;
-                }
-            }
-            times.push(begun.elapsed());
-        }
-        // As audio comes, and so that nobody is warm from the other.
-        tokio::time::sleep(Duration::from_millis(5)).await;
-    }
-    let [direct, through] = times;
-    print("Finalize -> Results, direct", direct);
-    print("Finalize -> Results, through the gateway", through);
-    daemon.signal("TERM");
-    daemon.exit().await;
 }
