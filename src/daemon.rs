@@ -856,16 +856,8 @@ impl Root {
             && let Some(store) = self.registry.ledger().store()
             && let Some(sid) = sid.as_ref()
         {
-            let now = unix_ms(SystemTime::now());
-            let lasted = running.joined.elapsed().as_millis() as u64;
-            store.finished(Finished {
-                room: running.name.clone(),
-                room_sid: Some(sid.clone()),
-                participant: None,
-                begun_at_ms: now.saturating_sub(lasted),
-                ended_at_ms: now,
-                reason: how.to_string(),
-            });
+            let (sid, reason) = (Some(sid.clone()), how.to_string());
+            store.finished(Finished::room(&running.name, sid, running.joined, reason));
         }
         let order = running.orders.borrow().clone();
         let reason = order.map(|order| order.reason);

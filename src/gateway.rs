@@ -69,7 +69,8 @@ const PAUSE: Duration = Duration::from_millis(100);
 /// The longest reason that fits into a close frame (RFC 6455, section 5.5).
 const MAX_REASON: usize = 123;
 
-/// The running gateway. What is left of it when this is dropped ends at once.
+/// The running gateway. When this is dropped nobody new is taken; who has a stream is served until that
+/// is settled.
 pub(crate) struct Gateway {
     tasks: JoinSet<()>,
     ended: CancellationToken,

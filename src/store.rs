@@ -193,6 +193,28 @@ pub struct Finished {
 }
 
 impl Finished {
+    /// A room, which has just come to its end.
+    pub fn room(name: &str, sid: Option<String>, begun: Instant, reason: String) -> Self {
+        let now = unix_ms(SystemTime::now());
+        Self {
+            room: name.to_owned(),
+            room_sid: sid,
+            participant: None,
+            begun_at_ms: now.saturating_sub(begun.elapsed().as_millis() as u64),
+            ended_at_ms: now,
+            reason,
+        }
+    }
+
+    /// The session of somebody in it.
+    pub fn of(self, identity: String) -> Self {
+        let participant = Some(identity);
+        Self {
+            participant,
+            ..self
+        }
+    }
+
     fn event(&self) -> ReportEvent {
         match self.participant {
             Some(_) => ReportEvent::SessionFinished,

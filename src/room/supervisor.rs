@@ -5,7 +5,7 @@ use std::{
     collections::{HashMap, HashSet, VecDeque},
     fmt,
     sync::Arc,
-    time::{Duration, Instant, SystemTime},
+    time::{Duration, Instant},
 };
 
 use futures_util::StreamExt;
@@ -40,7 +40,6 @@ use crate::{
     close::{CloseOrder, order},
     domain::{CloseReason, Transcript},
     failure::{Cause, Trouble},
-    ledger::unix_ms,
     requests::{Answer, Exceptions, Refused, Request, Scope},
     session::{self, Command, Context, Packet, Packets, Track},
     store::Finished,
@@ -802,21 +801,14 @@ impl Supervisor {
         };
         let running = self.running.remove(&id)?;
         if let Some(store) = self.context.registry.ledger().store() {
-            let now = unix_ms(SystemTime::now());
-            let lasted = running.begun.elapsed().as_millis() as u64;
-            let order = running.orders.borrow().clone();
-            store.finished(Finished {
-                room: self.context.room.clone(),
-                room_sid: self.room.maybe_sid().map(|sid| sid.to_string()),
-                participant: Some(running.identity),
-                begun_at_ms: now.saturating_sub(lasted),
-                ended_at_ms: now,
-                reason: match order {
-                    Some(order) => order.reason.to_string(),
-                    None if panicked => "a defect".to_owned(),
-                    None => CloseReason::TrackEnded.to_string(),
-                },
-            });
+            let reason = match &*running.orders.borrow() {
+                Some(order) => order.reason.to_string(),
+                None if panicked => "a defect".to_owned(),
+                None => CloseReason::TrackEnded.to_string(),
+            };
+            let sid = self.room.maybe_sid().map(|sid| sid.to_string());
+            let finished = Finished::room(&self.context.room, sid, running.begun, reason);
+            store.finished(finished.of(running.identity));
         }
         let wanted = panicked && running.orders.borrow().is_none();
         wanted.then_some(running.participant)
