@@ -4,7 +4,7 @@
 //! other frameworks were measured.
 //!
 //! `cargo bench --bench figures [-- SECTION...]`, with sections close, shutdown, words, open, delay,
-//! cost, idle.
+//! cost, idle, gateway.
 
 #![allow(clippy::disallowed_methods, reason = "the bans are about the daemon")]
 
@@ -35,7 +35,10 @@ use tokio::{
     net::{TcpListener, TcpStream},
     process::{Child, Command},
 };
-use tokio_tungstenite::tungstenite::Message;
+use tokio_tungstenite::{
+    connect_async,
+    tungstenite::{Message, client::IntoClientRequest},
+};
 
 /// How long the STT server takes to answer CloseStream.
 const ANSWER: Duration = Duration::from_millis(100);
@@ -74,6 +77,9 @@ async fn main() {
     }
     if wanted("cost") {
         cost().await;
+    }
+    if wanted("gateway") {
+        gateway().await;
     }
 }
 
@@ -244,7 +250,7 @@ fn print(what: &str, mut times: Vec<Duration>) {
     let at =
         |part: f64| times[((times.len() - 1) as f64 * part).round() as usize].as_secs_f64() * 1e3;
     println!(
-        "{what:<44} p50 {:7.1} ms   p99 {:7.1} ms   max {:7.1} ms   n {}",
+        "{what:<44} p50 {:7.2} ms   p99 {:7.2} ms   max {:7.2} ms   n {}",
         at(0.5),
         at(0.99),
         at(1.0),
@@ -614,4 +620,86 @@ async fn cost() {
     daemon.exit().await;
     join_all(speakers.into_iter().map(Speaker::leave)).await;
     stage.end().await;
+}
+
+// --- The gateway ----------------------------------------------------------------------------
+
+/// What the gateway adds: from 20 ms of audio to the answer of an STT server that answers each message
+/// at once, with the gateway and without, in turns.
+async fn gateway() {
+    const ROUNDS: usize = 3000;
+    const KEY: &str = "the-gateways-own-key";
+    let stage = Stage::answering();
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("listener");
+    let provider = format!("ws://{}", listener.local_addr().expect("address"));
+    let server = tokio::spawn(async move {
+        while let Ok((tcp, _)) = listener.accept().await {
+            let _ = tcp.set_nodelay(true);
+            tokio::spawn(answer(tcp));
+        }
+    });
+    // A port that is free now: the daemon's log is not read here.
+    let free = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+    let address = free.local_addr().expect("an address").to_string();
+    drop(free);
+    let variables = [
+        ("ROOMWARDEN__GATEWAY__LISTEN", address.as_str()),
+        ("ROOMWARDEN__GATEWAY__TOKEN", KEY),
+    ];
+    let daemon = stage.daemon(&provider, &variables);
+    let query = "model=nova-3&encoding=linear16&sample_rate=16000";
+    let connect = |url: String, key: &str| {
+        let mut request = url.into_client_request().expect("a request");
+        let key = format!("Token {key}").parse().expect("a header's value");
+        request.headers_mut().insert("authorization", key);
+        connect_async(request)
+    };
+    let through = async {
+        loop {
+            let url = format!("ws://{address}/v1/listen?{query}");
+            if let Ok((socket, _)) = connect(url, KEY).await {
+                return socket;
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    let through = tokio::time::timeout(LIMIT, through).await;
+    let through = through.expect("the gateway takes a client");
+    let direct = connect(format!("{provider}/v1/listen?{query}"), "any").await;
+    let mut sockets = [direct.expect("a stream").0, through];
+    let mut times = [Vec::new(), Vec::new()];
+    let mut pace = tokio::time::interval(Duration::from_millis(10));
+    for round in 0..2 * ROUNDS {
+        pace.tick().await;
+        let (socket, times) = (&mut sockets[round % 2], &mut times[round % 2]);
+        let begun = Instant::now();
+        let audio = Message::binary(vec![0; 640]);
+        socket.send(audio).await.expect("sent");
+        loop {
+            let message = socket.next().await.expect("open").expect("a message");
+            if message.is_text() {
+                break;
+            }
+        }
+        times.push(begun.elapsed());
+    }
+    let [direct, through] = times;
+    print("audio -> Results, direct", direct);
+    print("audio -> Results, through the gateway", through);
+    daemon.signal("KILL");
+    server.abort();
+    stage.end().await;
+}
+
+/// Results for each message of audio.
+async fn answer(tcp: TcpStream) {
+    let Ok(mut socket) = tokio_tungstenite::accept_async(tcp).await else {
+        return;
+    };
+    let results = r#"{"type":"Results","channel_index":[0,1],"start":0.0,"duration":0.02,"is_final":false,"channel":{"alternatives":[{"transcript":"a","confidence":1.0,"words":[]}]}}"#;
+    while let Some(Ok(message)) = socket.next().await {
+        if message.is_binary() && socket.send(Message::text(results)).await.is_err() {
+            return;
+        }
+    }
 }

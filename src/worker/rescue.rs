@@ -15,7 +15,8 @@ use std::{
 
 use futures_util::{StreamExt, stream};
 use livekit_protocol::{
-    AgentDispatch, ParticipantInfo, participant_info::Kind, participant_info::State,
+    AgentDispatch, Job, JobState, JobStatus, ParticipantInfo, participant_info::Kind,
+    participant_info::State,
 };
 
 use crate::{
@@ -210,6 +211,12 @@ async fn look_at(api: &RoomApi, us: &Us, room: &ListedRoom) -> Result<Sight, Api
     Ok(sight(us, &room.sid, &ours, &participants))
 }
 
+/// The jobs of a dispatch, each with the identity that it was taken under.
+fn jobs_of(dispatch: &AgentDispatch) -> impl Iterator<Item = (&str, &Job)> {
+    let jobs = dispatch.state.iter().flat_map(|state| &state.jobs);
+    jobs.filter_map(|job| Some((job.state.as_ref()?.participant_identity.as_str(), job)))
+}
+
 /// What a room with dispatches of ours is in need of.
 fn sight(
     us: &Us,
@@ -248,21 +255,25 @@ fn sight(
             }
             // We are not in the room, and the server has us in it: we were, and were killed.
             let surely = of_daemons.any(us_before);
-            let claims = dispatches.iter().filter_map(|d| claim(d, None));
+            // Workers of other programs may go by our name: what they do, or have done, is theirs.
+            let theirs = |(identity, job): (&str, &Job)| {
+                let mut there = participants.iter().filter(there);
+                let present = there.any(|p| p.identity == identity && !ours(p));
+                let done = job.state.as_ref().map(JobState::status) == Some(JobStatus::JsSuccess);
+                identity != us.identity && (present || done)
+            };
+            let others = |dispatch: &&&AgentDispatch| jobs_of(dispatch).any(theirs);
+            let claims = dispatches.iter().filter(|d| !others(d));
+            let claims = claims.filter_map(|d| claim(d, None));
             (claims.take(1).collect(), surely)
         }
         JobKind::Publisher | JobKind::Participant => {
             let of = |dispatch: &&&AgentDispatch| {
-                let jobs = dispatch.state.as_ref().map(|s| s.jobs.as_slice());
-                let jobs = jobs.unwrap_or_default().iter();
-                let was_ours = |identity: &str| identity == us.daemon;
-                jobs.filter(|job| {
-                    let identity = job.state.as_ref().map(|s| s.participant_identity.as_str());
-                    identity.is_some_and(was_ours)
-                })
-                .filter_map(|job| Some(job.participant.as_ref()?.identity.clone()))
-                .filter(|identity| people.iter().any(|p| p.identity == *identity))
-                .collect::<HashSet<_>>()
+                jobs_of(dispatch)
+                    .filter(|(agent, _)| *agent == us.daemon)
+                    .filter_map(|(_, job)| Some(job.participant.as_ref()?.identity.clone()))
+                    .filter(|identity| people.iter().any(|p| p.identity == *identity))
+                    .collect::<HashSet<_>>()
             };
             let claims = dispatches.iter().flat_map(|dispatch| {
                 let lost = of(&dispatch).into_iter();
@@ -279,7 +290,7 @@ fn sight(
 
 #[cfg(test)]
 mod tests {
-    use livekit_protocol::{AgentDispatchState, Job, JobState};
+    use livekit_protocol::AgentDispatchState;
 
     use super::*;
 
@@ -369,6 +380,22 @@ mod tests {
             ..agent("agent", Some("d2"))
         };
         assert_eq!(surely(&see(&[person("ann"), gone])), Some(false));
+        // Another program's worker of our name has the job.
+        let theirs = dispatch("", &[("another's", "")]);
+        let see = |dispatches: &[&AgentDispatch], agent| {
+            sight(&us, "RM_1", dispatches, &[person("ann"), agent])
+        };
+        let another = || agent("another's", None);
+        assert_eq!(see(&[&theirs], another()), Sight::Served);
+        assert_eq!(surely(&see(&[&theirs, &ours], another())), Some(false));
+        assert_eq!(
+            surely(&see(&[&theirs], agent("a third", None))),
+            Some(false)
+        );
+        let mut done = theirs.clone();
+        let state = done.state.as_mut().and_then(|s| s.jobs[0].state.as_mut());
+        state.expect("a job").set_status(JobStatus::JsSuccess);
+        assert_eq!(see(&[&done], agent("a third", None)), Sight::Served);
         let wrong = dispatch("{\"modle\": 1}", &[]);
         let found = sight(&us, "RM_1", &[&wrong], &[person("ann")]);
         assert_eq!(found, Sight::Served, "it failed its job, and would again");

@@ -2,12 +2,19 @@
 //! the servers that stand in for LiveKit and Deepgram: if it can do its work there, they speak its
 //! protocols. How well it closes its stream is its own affair; that the stream ends is not.
 
-use std::{path::Path, process::ExitStatus, process::Stdio};
+use std::{
+    path::Path,
+    process::{ExitStatus, Stdio},
+    time::Duration,
+};
 
 use livekit::{Room, RoomOptions};
 use livekit_protocol::DisconnectReason;
-use rehearsal::room::{self, Answer};
-use roomwarden::{daemon::Daemon, transcripts::Sinks};
+use rehearsal::{
+    room::{self, Answer},
+    stt,
+};
+use roomwarden::{cli::EXIT_OK, daemon::Daemon, transcripts::Sinks};
 use serde_json::Value;
 use tokio::{
     io::{BufReader, Lines},
@@ -16,14 +23,14 @@ use tokio::{
 
 use crate::{
     clients::token,
-    stage::{LIMIT, Stage, lines, send, stop},
+    stage::{Binary, LIMIT, Stage, lines, send, stop},
     worker,
 };
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_genuine_agent_takes_a_job_transcribes_and_ends_with_the_speaker() {
     let stage = Stage::new().await;
-    let mut agent = Agent::start(&stage, "ROOM");
+    let mut agent = Agent::worker(&stage, "ROOM");
     // Automatic dispatch is at the creation of a room; who registers later gets nothing.
     let registered = |w: &room::Witness| w.live_workers().count() == 1;
     let witness = seen(&stage, "the worker registers", registered).await;
@@ -82,7 +89,7 @@ async fn a_genuine_agent_takes_a_job_transcribes_and_ends_with_the_speaker() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_genuine_agent_takes_a_publishers_job_and_hears_that_publisher() {
     let stage = Stage::new().await;
-    let mut agent = Agent::start(&stage, "PUBLISHER");
+    let mut agent = Agent::worker(&stage, "PUBLISHER");
     let registered = |w: &room::Witness| w.live_workers().count() == 1;
     let witness = seen(&stage, "the worker registers", registered).await;
     assert_eq!(witness.workers[0].job_type, "JT_PUBLISHER");
@@ -120,7 +127,7 @@ async fn a_genuine_agent_takes_a_publishers_job_and_hears_that_publisher() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_genuine_agent_and_ours_take_their_own_jobs_in_one_room() {
     let stage = worker::stage();
-    let genuine = Agent::start(&stage, "ROOM");
+    let genuine = Agent::worker(&stage, "ROOM");
     let mut config = worker::agent(&stage);
     config.agent.name = Some("scribe".into());
     let ours = Daemon::start(config, Sinks::default());
@@ -151,6 +158,84 @@ async fn a_genuine_agent_and_ours_take_their_own_jobs_in_one_room() {
     stage.end().await;
 }
 
+/// Both frameworks' workers beside ours under one name, as somebody has who moves from one to another:
+/// each room is one's, a worker that is full is passed over, and of what a killed one of ours leaves
+/// behind another of ours takes up just that.
+#[tokio::test(flavor = "multi_thread")]
+async fn genuine_workers_and_ours_share_the_rooms() {
+    let stage = worker::stage();
+    let registered = async |count: usize| {
+        let there = |w: &room::Witness| w.live_workers().count() == count;
+        let witness = seen(&stage, "workers register", there).await;
+        witness.workers.last().expect("a worker").id.clone()
+    };
+    let daemon = |more: &[_]| Binary::run(&stage, &[&worker::AGENT, more].concat());
+    let first = daemon(&[("ROOMWARDEN__AGENT__SLOTS", "1")]);
+    let ours = registered(1).await;
+    let mut speakers = vec![stage.speaker("room-0", "ann").await];
+    stage.streaming(1).await;
+    let full = |w: &room::Witness| w.workers[0].full;
+    seen(&stage, "ours is full", full).await;
+
+    let url = stage.stt.url();
+    let _python = Agent::start(Framework::Python, &stage, &url, &[]);
+    let python = registered(2).await;
+    let _node = Agent::start(Framework::Node, &stage, &url, &[]);
+    let node = registered(3).await;
+    let shares = loop {
+        let room = format!("room-{}", speakers.len());
+        speakers.push(stage.speaker(&room, "ann").await);
+        stage.streaming(speakers.len()).await;
+        let witness = stage.rooms.witness();
+        assert_eq!(witness.jobs.len(), speakers.len(), "{:#?}", witness.jobs);
+        let taken_by = |worker: &String| {
+            let theirs = witness
+                .jobs
+                .iter()
+                .filter(|j| j.worker.as_ref() == Some(worker));
+            theirs.count()
+        };
+        let shares = [&ours, &python, &node].map(taken_by);
+        // Which of the two is chance.
+        if shares.iter().all(|share| *share > 0) {
+            break shares;
+        }
+        assert!(speakers.len() < 16, "ours, Python, Node.js: {shares:?}");
+    };
+    println!("rooms of ours, Python, Node.js: {shares:?}");
+    assert_eq!(shares[0], 1);
+
+    let other = tempfile::tempdir().expect("state directory");
+    let state = other.path().to_str().expect("UTF-8");
+    let second = daemon(&[
+        ("ROOMWARDEN__ROOMS__IDENTITY", "second"),
+        ("ROOMWARDEN__STATE__DIR", state),
+    ]);
+    registered(4).await;
+    first.signal("KILL");
+    first.exit().await;
+    let streams = speakers.len();
+    let heard = streams as u64 + 1;
+    let again = |w: &stt::Witness| w.opened == heard && w.open_now == streams;
+    stage.witnessed("the second one transcribes", again).await;
+    // For a few more looks at the rooms.
+    for _ in 0..10 {
+        tokio::time::sleep(Duration::from_millis(200)).await;
+        let witness = stage.stt.witness();
+        assert_eq!((witness.opened, witness.open_now), (heard, streams));
+    }
+    speakers.push(stage.speaker("one-more", "ann").await);
+    stage.streaming(streams + 1).await;
+    for speaker in speakers {
+        speaker.leave().await;
+    }
+    stage.witnessed("all end", |w| w.open_now == 0).await;
+    second.signal("TERM");
+    let (status, log) = second.exit().await;
+    assert_eq!(status.code(), Some(EXIT_OK.into()), "{log}");
+    stage.end().await;
+}
+
 /// Waits until the room server says that the condition holds.
 pub async fn seen(
     stage: &Stage,
@@ -163,31 +248,55 @@ pub async fn seen(
     }
 }
 
-/// tests/clients/agent.py in a process group of its own, which is killed in the end: the worker
-/// has child processes, and they outlive it for a moment.
-struct Agent {
+/// LiveKit's frameworks, by their language.
+#[derive(Debug, Clone, Copy)]
+pub enum Framework {
+    Python,
+    Node,
+}
+
+/// tests/clients/agent.py or node-agent in a process group of its own, which is killed in the end: the
+/// worker has child processes, and they outlive it for a moment.
+pub struct Agent {
     child: Child,
     group: u32,
     output: Lines<BufReader<ChildStdout>>,
 }
 
 impl Agent {
-    fn start(stage: &Stage, job_type: &str) -> Self {
+    /// With this STT server, by its `/v1/listen`, and with more variables.
+    pub fn start(
+        framework: Framework,
+        stage: &Stage,
+        stt_url: &str,
+        more: &[(&str, &str)],
+    ) -> Self {
         let repository = Path::new(env!("CARGO_MANIFEST_DIR"));
-        let python = repository.join(".venv/agents/bin/python");
+        let clients = repository.join("tests/clients");
+        let (program, script) = match framework {
+            Framework::Python => (
+                repository.join(".venv/agents/bin/python"),
+                clients.join("agent.py"),
+            ),
+            Framework::Node => ("node".into(), clients.join("node-agent/agent.mjs")),
+        };
+        let installed = match framework {
+            Framework::Python => program.clone(),
+            Framework::Node => clients.join("node-agent/node_modules"),
+        };
         assert!(
-            python.exists(),
+            installed.exists(),
             "{} is not there: run tests/run, which installs it",
-            python.display()
+            installed.display()
         );
-        let mut child = Command::new(python)
-            .arg(repository.join("tests/clients/agent.py"))
+        let mut child = Command::new(program)
+            .arg(script)
             .arg("start")
             .envs(stage.environment())
-            .env("STT_URL", stage.stt.url())
-            .env("JOB_TYPE", job_type)
+            .env("STT_URL", stt_url)
             // It would otherwise look for a proxy even to loopback.
             .envs([("NO_PROXY", "127.0.0.1"), ("no_proxy", "127.0.0.1")])
+            .envs(more.iter().copied())
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .process_group(0)
@@ -202,8 +311,14 @@ impl Agent {
         }
     }
 
+    /// A worker for jobs of this type, straight with the STT server.
+    fn worker(stage: &Stage, job_type: &str) -> Self {
+        let more = [("JOB_TYPE", job_type)];
+        Self::start(Framework::Python, stage, &stage.stt.url(), &more)
+    }
+
     /// Waits until it prints this event. Its log, which is not ours to judge, comes in between.
-    async fn says(&mut self, event: &str) -> Value {
+    pub async fn says(&mut self, event: &str) -> Value {
         let mut said = Vec::new();
         let heard = async {
             while let Some(line) = self.output.next_line().await.expect("its output") {
@@ -221,7 +336,7 @@ impl Agent {
     }
 
     /// Ends it with SIGTERM.
-    async fn end(mut self) -> ExitStatus {
+    pub async fn end(mut self) -> ExitStatus {
         send("TERM", self.group);
         let end = async {
             while let Ok(Some(_)) = self.output.next_line().await {}
@@ -230,15 +345,31 @@ impl Agent {
         let status = tokio::time::timeout(LIMIT, end).await;
         status.expect("the agent ends")
     }
+
+    /// Waits until none of its processes is left.
+    pub async fn over(&mut self) {
+        let over = async {
+            self.child.wait().await.expect("its status");
+            while self.signal("0") {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        };
+        let over = tokio::time::timeout(LIMIT, over).await;
+        over.expect("the agent ends");
+    }
+
+    /// Sends a signal to all of it; false if nobody is left.
+    pub fn signal(&self, signal: &str) -> bool {
+        let status = std::process::Command::new("kill")
+            .args([&format!("-{signal}"), "--", &format!("-{}", self.group)])
+            .stderr(Stdio::null())
+            .status();
+        status.is_ok_and(|status| status.success())
+    }
 }
 
 impl Drop for Agent {
     fn drop(&mut self) {
-        let group = format!("-{}", self.group);
-        // It fails if nobody is left, as it should be.
-        let _ = std::process::Command::new("kill")
-            .args(["-KILL", "--", &group])
-            .stderr(Stdio::null())
-            .status();
+        self.signal("KILL");
     }
 }

@@ -1,11 +1,7 @@
 //! `/v1/listen` of the daemon's own, with clients of other people's making: what passes through it, and
 //! that nothing of a client that is gone stays open at the provider.
 
-use std::{
-    path::Path,
-    process::Stdio,
-    time::{Duration, Instant},
-};
+use std::time::{Duration, Instant};
 
 use futures_util::{SinkExt, StreamExt};
 use rehearsal::{
@@ -14,19 +10,15 @@ use rehearsal::{
 };
 use roomwarden::cli::{EXIT_OK, EXIT_USAGE};
 use serde_json::Value;
-use tokio::{
-    io::{BufReader, Lines},
-    net::TcpStream,
-    process::{Child, ChildStdout, Command},
-};
+use tokio::net::TcpStream;
 use tokio_tungstenite::{
     MaybeTlsStream, WebSocketStream, connect_async,
     tungstenite::{self, Message, client::IntoClientRequest, http},
 };
 
 use crate::{
-    agents::seen,
-    stage::{Binary, LIMIT, Stage, lines},
+    agents::{Agent, Framework, seen},
+    stage::{Binary, LIMIT, Stage},
 };
 
 const KEY: &str = "the-gateways-own-key";
@@ -484,116 +476,17 @@ async fn a_gateway_without_a_key_is_refused() {
     stage.end().await;
 }
 
-/// An agent on one of LiveKit's frameworks, whose Deepgram is the gateway; in a process group of its
-/// own, which is killed in the end.
-struct Agent {
-    child: Child,
-    group: u32,
-    output: Lines<BufReader<ChildStdout>>,
-}
-
-impl Agent {
-    fn start(rig: &Rig, node: bool) -> Self {
-        let repository = Path::new(env!("CARGO_MANIFEST_DIR"));
-        let base = format!("{}/rooms/r/participants/ann", rig.address);
-        let mut command = match node {
-            true => {
-                let folder = repository.join("tests/clients/node-agent");
-                let modules = folder.join("node_modules");
-                assert!(modules.exists(), "run tests/run, which installs it");
-                let mut command = Command::new("node");
-                command.arg(folder.join("agent.mjs")).current_dir(folder);
-                command.env("STT_BASE", format!("ws://{base}"));
-                command
-            }
-            false => {
-                let python = repository.join(".venv/agents/bin/python");
-                assert!(python.exists(), "run tests/run, which installs it");
-                let mut command = Command::new(python);
-                command.arg(repository.join("tests/clients/agent.py"));
-                command.env("STT_URL", format!("http://{base}/v1/listen"));
-                command
-            }
-        };
-        let mut child = command
-            .arg("start")
-            .envs(rig.stage.environment())
-            .env("DEEPGRAM_API_KEY", KEY)
-            // It would otherwise look for a proxy even to loopback.
-            .envs([("NO_PROXY", "127.0.0.1"), ("no_proxy", "127.0.0.1")])
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .process_group(0)
-            .kill_on_drop(true)
-            .spawn()
-            .expect("the agent starts");
-        let group = child.id().expect("it runs");
-        let output = lines(&mut child);
-        Self {
-            child,
-            group,
-            output,
-        }
-    }
-
-    /// Waits until it prints a transcript. Its log, which is not ours to judge, comes in between.
-    async fn transcribes(&mut self) {
-        let mut said = Vec::new();
-        let heard = async {
-            while let Some(line) = self.output.next_line().await.expect("its output") {
-                if line.contains(r#""event": "transcript""#)
-                    || line.contains(r#""event":"transcript""#)
-                {
-                    return true;
-                }
-                said.push(line);
-            }
-            false
-        };
-        let heard = tokio::time::timeout(LIMIT, heard).await;
-        assert!(
-            heard == Ok(true),
-            "the agent transcribes nothing: {said:#?}"
-        );
-    }
-
-    /// Waits until none of its processes is left.
-    async fn over(&mut self) {
-        let over = async {
-            self.child.wait().await.expect("its status");
-            while self.signal("0") {
-                tokio::time::sleep(Duration::from_millis(20)).await;
-            }
-        };
-        let over = tokio::time::timeout(LIMIT, over).await;
-        over.expect("the agent ends");
-    }
-
-    /// Sends a signal to all of it; false if nobody is left.
-    fn signal(&self, signal: &str) -> bool {
-        let status = std::process::Command::new("kill")
-            .args([&format!("-{signal}"), "--", &format!("-{}", self.group)])
-            .stderr(Stdio::null())
-            .status();
-        status.is_ok_and(|status| status.success())
-    }
-}
-
-impl Drop for Agent {
-    fn drop(&mut self) {
-        self.signal("KILL");
-    }
-}
-
 /// The complaint that this project was born from, with the agents that it is about.
-async fn an_agent_of_theirs_leaves_nothing(node: bool) {
+async fn an_agent_of_theirs_leaves_nothing(framework: Framework) {
     for end in ["KILL", "INT", "removed"] {
         let rig = Rig::new(stt::Config::default(), &[]).await;
-        let mut agent = Agent::start(&rig, node);
+        // Its Deepgram is the gateway.
+        let url = format!("ws://{}/rooms/r/participants/ann/v1/listen", rig.address);
+        let mut agent = Agent::start(framework, &rig.stage, &url, &[("DEEPGRAM_API_KEY", KEY)]);
         let registered = |w: &room::Witness| w.live_workers().count() == 1;
         seen(&rig.stage, "the worker registers", registered).await;
         let ann = rig.stage.speaker("r", "ann").await;
-        agent.transcribes().await;
+        agent.says("transcript").await;
         rig.stage.open(1).await;
         let begun = Instant::now();
         match end {
@@ -620,12 +513,12 @@ async fn an_agent_of_theirs_leaves_nothing(node: bool) {
             (witness, begun.elapsed())
         };
         let (ended, (witness, closed)) = tokio::join!(ended, closed);
-        println!("node {node}, {end}: over after {ended:?}, the stream closed after {closed:?}");
+        println!("{framework:?}, {end}: over after {ended:?}, the stream closed after {closed:?}");
         let ours = witness
             .streams
             .iter()
             .all(|s| s.end == Some(End::Acknowledged));
-        assert!(ours, "node {node}, {end}: {:#?}", witness.streams);
+        assert!(ours, "{framework:?}, {end}: {:#?}", witness.streams);
         drop(agent);
         ann.leave().await;
         rig.end().await;
@@ -634,10 +527,10 @@ async fn an_agent_of_theirs_leaves_nothing(node: bool) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_agent_in_python_leaves_nothing() {
-    an_agent_of_theirs_leaves_nothing(false).await;
+    an_agent_of_theirs_leaves_nothing(Framework::Python).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_agent_in_node_leaves_nothing() {
-    an_agent_of_theirs_leaves_nothing(true).await;
+    an_agent_of_theirs_leaves_nothing(Framework::Node).await;
 }

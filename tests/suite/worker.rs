@@ -58,7 +58,7 @@ pub fn agent(stage: &Stage) -> Config {
 }
 
 /// The same for the real binary.
-const AGENT: [(&str, &str); 4] = [
+pub const AGENT: [(&str, &str); 4] = [
     ("ROOMWARDEN__ROOMS__DISCOVER", "false"),
     ("ROOMWARDEN__ROOMS__RECONCILE_INTERVAL_MS", "300"),
     ("ROOMWARDEN__AGENT__ENABLED", "true"),

@@ -3,8 +3,7 @@
 //
 // It takes a job for each room, streams the first participant who comes to the STT server, and prints
 // each final transcript, one JSON object a line. The server and its key come from LIVEKIT_URL,
-// LIVEKIT_API_KEY and LIVEKIT_API_SECRET, the STT server (without /v1/listen) and its key from STT_BASE
-// and DEEPGRAM_API_KEY.
+// LIVEKIT_API_KEY and LIVEKIT_API_SECRET, the STT server and its key from STT_URL and DEEPGRAM_API_KEY.
 
 import { fileURLToPath } from 'node:url';
 
@@ -16,7 +15,7 @@ const tell = (what) => process.stdout.write(JSON.stringify(what) + '\n');
 export default defineAgent({
   entry: async (context) => {
     // Nothing here speaks or answers, and the provider alone decides what is speech.
-    const stt = new deepgram.STT({ baseUrl: process.env.STT_BASE });
+    const stt = new deepgram.STT({ baseUrl: process.env.STT_URL.replace(/\/v1\/listen$/, '') });
     const session = new voice.AgentSession({ stt, turnDetection: 'stt' });
     session.on(voice.AgentSessionEventTypes.UserInputTranscribed, (event) => {
       if (event.isFinal) tell({ event: 'transcript', text: event.transcript });
@@ -31,8 +30,8 @@ cli.runApp(
     agent: fileURLToPath(import.meta.url),
     host: '127.0.0.1',
     port: 0,
-    // Machines that test are busy; by default a worker then takes no jobs.
-    loadThreshold: Infinity,
+    // Machines that test are busy, and the server gives nothing to a worker without a free core.
+    loadFunc: async () => 0.5,
     numIdleProcesses: 1,
     initializeProcessTimeout: 60_000,
   }),
