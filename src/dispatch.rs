@@ -176,7 +176,7 @@ pub(crate) fn api(config: &Config) -> Result<RoomApi, Failed> {
 
 pub(crate) fn unreachable(error: ApiError) -> Failed {
     let code = match error {
-        ApiError::Credentials { .. } => EXIT_USAGE,
+        ApiError::Credentials { .. } | ApiError::Argument { .. } => EXIT_USAGE,
         ApiError::Other { .. } => EXIT_CHECK,
     };
     Failed(code, error.to_string())

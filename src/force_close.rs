@@ -400,7 +400,7 @@ impl Closer<'_> {
         now + self.until.saturating_duration_since(now) / part
     }
 
-    /// Asks until there is an answer, or it is too late. A refusal of the keys is an answer.
+    /// Asks until there is an answer, or it is too late. A refusal is an answer.
     async fn persist<T, F: Future<Output = Result<T, ApiError>>>(
         &self,
         by: Instant,
@@ -410,7 +410,9 @@ impl Closer<'_> {
         loop {
             let error = match tokio::time::timeout_at(by.into(), ask()).await {
                 Ok(Ok(answer)) => return Ok(answer),
-                Ok(Err(error @ ApiError::Credentials { .. })) => return Err(error),
+                Ok(Err(error @ (ApiError::Credentials { .. } | ApiError::Argument { .. }))) => {
+                    return Err(error);
+                }
                 Ok(Err(error)) => error,
                 Err(_) => return Err(self.api.too_late()),
             };

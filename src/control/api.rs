@@ -447,7 +447,7 @@ async fn reopen_participant(
     responses(
         (status = 201, description = "Dispatched", body = Dispatched),
         (status = "4XX", description = "Refused", body = ErrorBody),
-        (status = 502, description = "LiveKit refuses, or can't be asked", body = ErrorBody),
+        (status = 502, description = "LiveKit refuses the keys, or can't be asked", body = ErrorBody),
     )
 )]
 async fn dispatch(

@@ -218,12 +218,17 @@ impl From<Refused> for ApiError {
 
 impl From<room::api::ApiError> for ApiError {
     fn from(error: room::api::ApiError) -> Self {
-        Self::new(
-            StatusCode::BAD_GATEWAY,
-            "livekit",
-            error.to_string(),
-            "see what LiveKit says, and ask again",
-        )
+        match error {
+            room::api::ApiError::Argument { .. } => {
+                Self::bad_request(error.to_string(), "ask for something that LiveKit takes")
+            }
+            error => Self::new(
+                StatusCode::BAD_GATEWAY,
+                "livekit",
+                error.to_string(),
+                "see what LiveKit says, and ask again",
+            ),
+        }
     }
 }
 

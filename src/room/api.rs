@@ -36,6 +36,9 @@ pub enum ApiError {
         "LiveKit refuses the API key or secret ({said}): check LIVEKIT_API_KEY and LIVEKIT_API_SECRET"
     )]
     Credentials { said: String },
+    /// It would be refused again.
+    #[error("LiveKit refuses what it was asked for: {said}")]
+    Argument { said: String },
     #[error("LiveKit at {url}: {said}")]
     Other { url: String, said: String },
 }
@@ -202,6 +205,13 @@ impl RoomApi {
         let said = match &error {
             ServiceError::Twirp(ServerError::Twirp(twirp)) if refused(&twirp.code) => {
                 return ApiError::Credentials {
+                    said: twirp.msg.clone(),
+                };
+            }
+            ServiceError::Twirp(ServerError::Twirp(twirp))
+                if twirp.code == ServerErrorCode::INVALID_ARGUMENT =>
+            {
+                return ApiError::Argument {
                     said: twirp.msg.clone(),
                 };
             }

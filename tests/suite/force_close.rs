@@ -341,6 +341,11 @@ async fn agents_are_dispatched_over_the_control_api() {
     ] {
         assert_eq!(asked(wrong).await.refused(400), "bad_request");
     }
+    // What only LiveKit knows to be wrong.
+    let path = format!("/api/v1/rooms/{}/dispatches", "r".repeat(300));
+    let wrong = daemon.send_json("POST", &path, &json!({})).await;
+    assert_eq!(wrong.refused(400), "bad_request");
+    assert!(wrong.body.contains("LiveKit refuses"), "{}", wrong.body);
     assert_eq!(stage.rooms.witness().live_rooms().count(), 0);
     let mut made = Vec::new();
     for (body, agent) in [
