@@ -4,7 +4,7 @@
 //! other frameworks were measured.
 //!
 //! `cargo bench --bench figures [-- SECTION...]`, with sections close, shutdown, words, open, delay,
-//! cost, idle, gateway.
+//! cost, idle, gateway. `ROOMWARDEN_BINARY` names another build of it to measure.
 
 #![allow(clippy::disallowed_methods, reason = "the bans are about the daemon")]
 
@@ -114,7 +114,8 @@ impl Stage {
     }
 
     fn daemon(&self, stt_url: &str, more: &[(&str, &str)]) -> Daemon {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_roomwarden"));
+        let ours = env!("CARGO_BIN_EXE_roomwarden").into();
+        let mut command = Command::new(std::env::var_os("ROOMWARDEN_BINARY").unwrap_or(ours));
         command.arg("run").env_clear();
         command.envs([
             ("LIVEKIT_URL", self.rooms.url().as_str()),
