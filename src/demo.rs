@@ -586,6 +586,10 @@ impl DemoReport<'_> {
             .map_or("unknown".to_owned(), |count| count.to_string());
         let (style, verdict) = match self.agree {
             true => (coloured(AnsiColor::Green).bold(), "all agree"),
+            false if ours.kernel_sockets.is_none() => (
+                coloured(AnsiColor::Red).bold(),
+                "the kernel can't be asked: there is no /proc",
+            ),
             false => (coloured(AnsiColor::Red).bold(), "THEY DISAGREE"),
         };
         text.push_str(&format!(
