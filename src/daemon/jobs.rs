@@ -364,8 +364,12 @@ impl Root {
                 return;
             }
             if self.running(&name).is_some() {
-                if sight == Sight::NotOurs && running.contains(&name) {
-                    let why = "its dispatch was deleted";
+                let why = match sight {
+                    Sight::NotOurs => Some("its dispatch was deleted"),
+                    Sight::Theirs => Some("another worker has the job"),
+                    _ => None,
+                };
+                if let Some(why) = why.filter(|_| running.contains(&name)) {
                     self.release(&name, Claim::is_unwatched, why);
                 }
                 continue;

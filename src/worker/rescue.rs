@@ -28,8 +28,9 @@ use crate::{
     },
 };
 
-/// What must be seen so often in a row before it is believed: a job may be on its way.
-const ROUNDS: u32 = 2;
+/// A loss is believed when it is still seen after this: LiveKit shows a job up to 5 s late among those
+/// of its dispatch (CheckEnabledTimeout of its pkg/agent/client.go), while somebody is at it already.
+const BELIEVED_AFTER: Duration = Duration::from_secs(6);
 /// Rooms that no dispatch of ours is for are looked at more seldom.
 const SELDOM: u32 = 6;
 /// Whether a job's dispatch is still there is asked so often.
@@ -82,6 +83,8 @@ pub enum Sight {
     Unknown,
     /// No dispatch is for us.
     NotOurs,
+    /// Another program's worker of our name has the job, or has done it.
+    Theirs,
     /// Somebody of ours is there, or nobody who could be transcribed.
     Served,
     /// These are wanted and nobody is there for them; whether surely so.
@@ -91,7 +94,7 @@ pub enum Sight {
 #[derive(Debug, Default)]
 struct Seen {
     next_at: Option<Instant>,
-    lost: u32,
+    lost_since: Option<Instant>,
 }
 
 /// When to look at which room. Decides, and asks nobody itself.
@@ -147,19 +150,19 @@ impl Rescue {
         };
         match sight {
             Sight::Lost { claims, surely } => {
-                seen.lost += 1;
-                if surely || seen.lost >= ROUNDS {
-                    seen.lost = 0;
+                let believed_at = *seen.lost_since.get_or_insert(now) + BELIEVED_AFTER;
+                if surely || now >= believed_at {
+                    seen.lost_since = None;
                     return claims;
                 }
-                // To be sure soon.
-                seen.next_at = Some(now + every.mul_f64(0.2 + 0.2 * fastrand::f64()));
+                // Not all daemons at once.
+                seen.next_at = Some(believed_at + every.mul_f64(0.2 * fastrand::f64()));
             }
             Sight::NotOurs => {
-                seen.lost = 0;
+                seen.lost_since = None;
                 seen.next_at = Some(now + every * SELDOM);
             }
-            Sight::Served | Sight::Unknown => seen.lost = 0,
+            Sight::Theirs | Sight::Served | Sight::Unknown => seen.lost_since = None,
         }
         Vec::new()
     }
@@ -247,6 +250,7 @@ fn sight(
     let us_before = |p: &ParticipantInfo| {
         p.attributes.get(DAEMON_ATTRIBUTE) == Some(&us.daemon) || p.identity == us.daemon
     };
+    let mut theirs_alone = false;
     let (claims, surely): (Vec<Claim>, bool) = match us.job_type {
         JobKind::Room => {
             let served = of_daemons.clone().any(|p| !us_before(p));
@@ -263,6 +267,7 @@ fn sight(
                 identity != us.identity && (present || done)
             };
             let others = |dispatch: &&&AgentDispatch| jobs_of(dispatch).any(theirs);
+            theirs_alone = dispatches.iter().all(|d| others(&d));
             let claims = dispatches.iter().filter(|d| !others(d));
             let claims = claims.filter_map(|d| claim(d, None));
             (claims.take(1).collect(), surely)
@@ -283,6 +288,7 @@ fn sight(
         }
     };
     match claims.is_empty() {
+        _ if theirs_alone => Sight::Theirs,
         true => Sight::Served,
         false => Sight::Lost { claims, surely },
     }
@@ -386,7 +392,7 @@ mod tests {
             sight(&us, "RM_1", dispatches, &[person("ann"), agent])
         };
         let another = || agent("another's", None);
-        assert_eq!(see(&[&theirs], another()), Sight::Served);
+        assert_eq!(see(&[&theirs], another()), Sight::Theirs);
         assert_eq!(surely(&see(&[&theirs, &ours], another())), Some(false));
         assert_eq!(
             surely(&see(&[&theirs], agent("a third", None))),
@@ -395,7 +401,7 @@ mod tests {
         let mut done = theirs.clone();
         let state = done.state.as_mut().and_then(|s| s.jobs[0].state.as_mut());
         state.expect("a job").set_status(JobStatus::JsSuccess);
-        assert_eq!(see(&[&done], agent("a third", None)), Sight::Served);
+        assert_eq!(see(&[&done], agent("a third", None)), Sight::Theirs);
         let wrong = dispatch("{\"modle\": 1}", &[]);
         let found = sight(&us, "RM_1", &[&wrong], &[person("ann")]);
         assert_eq!(found, Sight::Served, "it failed its job, and would again");
@@ -460,7 +466,7 @@ mod tests {
     }
 
     #[test]
-    fn a_loss_is_believed_when_it_is_seen_twice_in_a_row_or_sure() {
+    fn a_loss_is_believed_when_it_lasts_or_is_sure() {
         let mut rescue = rescue();
         let now = Instant::now();
         rescue.due(&listed(&["a"]), now);
@@ -468,16 +474,21 @@ mod tests {
             claims: vec![Claim::default()],
             surely,
         };
-        for sight in [
-            lost(false),
-            Sight::Served,
-            lost(false),
-            Sight::Unknown,
-            lost(false),
-        ] {
-            assert_eq!(rescue.found("a", sight, now), []);
+        let (soon, later) = (now + BELIEVED_AFTER / 2, now + BELIEVED_AFTER);
+        let denied = [Sight::Served, Sight::Theirs, Sight::Unknown, Sight::NotOurs];
+        for (sight, at) in denied.into_iter().zip([now, soon, later, later]) {
+            assert_eq!(rescue.found("a", lost(false), at), []);
+            assert_eq!(rescue.found("a", sight, at), []);
         }
-        assert_eq!(rescue.found("a", lost(false), now).len(), 1);
+        let again = later + BELIEVED_AFTER;
+        for at in [later, later + BELIEVED_AFTER / 2] {
+            assert_eq!(rescue.found("a", lost(false), at), []);
+            // Looked at again as soon as it is believed.
+            assert_eq!(sids(&rescue.due(&listed(&["a"]), again)), [""; 0]);
+        }
+        let by = again + EVERY.mul_f64(0.2);
+        assert_eq!(sids(&rescue.due(&listed(&["a"]), by)), ["a"]);
+        assert_eq!(rescue.found("a", lost(false), again).len(), 1);
         assert_eq!(rescue.found("a", lost(true), now).len(), 1);
         assert_eq!(rescue.found("unknown", lost(true), now), []);
     }

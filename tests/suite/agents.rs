@@ -23,7 +23,7 @@ use tokio::{
 
 use crate::{
     clients::token,
-    stage::{Binary, LIMIT, Stage, lines, send, stop},
+    stage::{Binary, LIMIT, Stage, lines, reasons, send, stop},
     worker,
 };
 
@@ -163,7 +163,8 @@ async fn a_genuine_agent_and_ours_take_their_own_jobs_in_one_room() {
 /// behind another of ours takes up just that.
 #[tokio::test(flavor = "multi_thread")]
 async fn genuine_workers_and_ours_share_the_rooms() {
-    let stage = worker::stage();
+    // As late as LiveKit's server may be.
+    let stage = worker::stage_that_lists_jobs_after(Duration::from_secs(5));
     let registered = async |count: usize| {
         let there = |w: &room::Witness| w.live_workers().count() == count;
         let witness = seen(&stage, "workers register", there).await;
@@ -233,6 +234,35 @@ async fn genuine_workers_and_ours_share_the_rooms() {
     second.signal("TERM");
     let (status, log) = second.exit().await;
     assert_eq!(status.code(), Some(EXIT_OK.into()), "{log}");
+    stage.end().await;
+}
+
+/// A job of theirs that shows so late that the room was taken for lost is left to them in the end.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_room_that_a_genuine_worker_has_is_given_back() {
+    let stage = worker::stage_that_lists_jobs_after(Duration::from_secs(15));
+    let genuine = Agent::worker(&stage, "ROOM");
+    let registered = |w: &room::Witness| w.live_workers().count() == 1;
+    seen(&stage, "the worker registers", registered).await;
+    let ann = stage.speaker("r", "ann").await;
+    stage.streaming(1).await;
+    let ours = Daemon::start(worker::agent(&stage), Sinks::default());
+    stage.streaming(2).await;
+    stage.witnessed("ours ends", |w| w.open_now == 1).await;
+    for _ in 0..10 {
+        tokio::time::sleep(Duration::from_millis(200)).await;
+        let witness = stage.stt.witness();
+        assert_eq!((witness.opened, witness.open_now), (2, 1));
+    }
+    let report = stop(&ours).await;
+    assert_eq!(
+        reasons(&report),
+        ["agent job ended (another worker has the job)"]
+    );
+    ann.leave().await;
+    stage.witnessed("theirs ends", |w| w.open_now == 0).await;
+    let status = genuine.end().await;
+    assert!(status.success(), "{status}");
     stage.end().await;
 }
 
