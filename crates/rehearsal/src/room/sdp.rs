@@ -78,6 +78,30 @@ pub(super) fn announce(sdp: &str, tracks: &HashMap<String, Msid>) -> String {
     out
 }
 
+/// Appends to the parameters of Opus in the section of each mid in `wanted`.
+pub(super) fn tune(sdp: &str, wanted: &HashMap<String, String>) -> String {
+    let (session, sections) = split(sdp);
+    let mut out = String::with_capacity(sdp.len() + 64 * wanted.len());
+    let mut push = |line: &str, more: &str| out.extend([line, more, "\r\n"]);
+    session.iter().for_each(|line| push(line, ""));
+    for lines in sections {
+        let more = attribute(&lines, "a=mid:").and_then(|mid| wanted.get(mid));
+        let opus = lines.iter().find_map(|line| {
+            let (number, codec) = line.strip_prefix("a=rtpmap:")?.split_once(' ')?;
+            codec
+                .starts_with("opus/")
+                .then(|| format!("a=fmtp:{number} "))
+        });
+        for line in lines {
+            match (more, &opus) {
+                (Some(more), Some(opus)) if line.starts_with(opus) => push(line, more),
+                _ => push(line, ""),
+            }
+        }
+    }
+    out
+}
+
 fn section(lines: &[&str]) -> Option<Section> {
     let mut media = lines[0].strip_prefix("m=")?.split(' ');
     let kind = match media.next()? {
@@ -181,10 +205,24 @@ mod tests {
     }
 
     #[test]
+    fn tunes_opus_in_the_sections_that_are_named() {
+        let audio = |mid: &str, more: &str| {
+            format!(
+                "m=audio 9 UDP/TLS/RTP/SAVPF 63 111\r\na=mid:{mid}\r\na=rtpmap:63 red/48000/2\r\n\
+                 a=fmtp:63 111/111\r\na=rtpmap:111 opus/48000/2\r\na=fmtp:111 minptime=10{more}\r\n"
+            )
+        };
+        let text = |more| format!("v=0\r\n{}{}", audio("1", ""), audio("2", more));
+        let wanted = HashMap::from([("2".to_owned(), ";usedtx=1".to_owned())]);
+        assert_eq!(tune(&text(""), &wanted), text(";usedtx=1"));
+    }
+
+    #[test]
     fn tolerates_nonsense() {
         for text in ["", "m=", "m=audio", "\n\n", "a=mid:0", "m=audio 9\na=msid:"] {
             let _ = sections(text);
             let _ = announce(text, &HashMap::new());
+            let _ = tune(text, &HashMap::from([("0".into(), ";x=1".into())]));
         }
     }
 }

@@ -4,16 +4,16 @@ use super::{
     connection::{Answered, ConnectionId, Demand, Lane, NegotiationError, Role, Source},
     core::Core,
     participant::{Key, PendingTrack, Track, new_sid},
-    sdp::{Kind, Section},
+    sdp::{self, Kind, Section},
     webhooks::Event,
     witness::{TrackRecord, unix_ms},
 };
 use livekit_protocol::{
-    self as proto, JobType, TrackSource, TrackType, data_packet::Value,
+    self as proto, AudioTrackFeature, JobType, TrackSource, TrackType, data_packet::Value,
     data_stream::header::ContentHeader, signal_response::Message,
 };
 use prost::Message as _;
-use std::{sync::Arc, time::Instant};
+use std::{collections::HashMap, sync::Arc, time::Instant};
 use str0m::media::Mid;
 
 /// Announced but not yet negotiated tracks of one participant. LiveKit's limit.
@@ -286,14 +286,46 @@ impl Core {
 
     fn answered(&mut self, key: Key, id: ConnectionId, answered: Answered) {
         let Answered {
-            answer,
+            mut answer,
             sections,
             subscribed,
         } = answered;
+        answer.sdp = sdp::tune(&answer.sdp, &self.wanted_of_opus(key, &sections));
         self.send(key, Message::Answer(answer));
         self.tell_subscribed(key, subscribed);
         self.reconcile_tracks(key, id, &sections);
         self.negotiate(key);
+    }
+
+    /// How the client is to encode what it has announced, by mid.
+    fn wanted_of_opus(&self, key: Key, sections: &[Section]) -> HashMap<String, String> {
+        let Some(p) = self.participants.get(&key) else {
+            return HashMap::new();
+        };
+        let info = |section: &Section| {
+            let named = |cid: &str| cid == section.track || cid == section.stream;
+            let pending = p.pending.iter().find(|track| named(&track.cid));
+            let published = || p.tracks.iter().find(|track| named(&track.cid));
+            (pending.map(|t| &t.info)).or_else(|| published().map(|t| &t.info))
+        };
+        let audio = sections.iter().filter(|s| {
+            s.kind == Kind::Audio && s.sends && !(s.track.is_empty() && s.stream.is_empty())
+        });
+        // Old clients know no `audio_features`.
+        #[allow(deprecated)]
+        let wanted = audio.filter_map(|section| {
+            let info = info(section)?;
+            let has = |feature| info.audio_features().any(|f| f == feature);
+            let mut wanted = String::new();
+            if !(info.disable_dtx || has(AudioTrackFeature::TfNoDtx)) {
+                wanted.push_str(";usedtx=1");
+            }
+            if info.stereo || has(AudioTrackFeature::TfStereo) {
+                wanted.push_str(";stereo=1;maxaveragebitrate=510000");
+            }
+            Some((section.mid.clone(), wanted))
+        });
+        wanted.collect()
     }
 
     /// Matches what the client sends, as its offer says, with what it has announced.
