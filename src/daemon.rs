@@ -886,11 +886,14 @@ impl Root {
                 (Some(now + LIST_LAG), 0)
             }
             RoomEnd::PutOut(why) => {
-                tracing::error!(
+                let fix = match why == DUPLICATE {
+                    true => ": somebody else uses the same rooms.identity, so change one of them",
+                    false => "",
+                };
+                tracing::warn!(
                     room = name,
                     why,
-                    "put out of the room: staying out of it. If that is a duplicate identity, \
-                     somebody else uses the same rooms.identity"
+                    "put out of the room: staying out of it{fix}"
                 );
                 (None, 0)
             }

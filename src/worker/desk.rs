@@ -20,8 +20,11 @@ const ASSIGNED_WITHIN: Duration = Duration::from_secs(15);
 const REPORT_EVERY: Duration = Duration::from_millis(2500);
 /// Below the threshold by this much, a worker takes jobs again.
 const HYSTERESIS: f32 = 0.05;
-/// A worker of load 1 is never asked, even if it says that it is available.
-const MOST_LOAD: f32 = 0.99;
+/// LiveKit's servers give nothing to who reports this load or more (`agents.target_load`, by default
+/// 0.7), even if it says that it is available: so that is reported where our own limits are reached.
+const TARGET_LOAD: f32 = 0.7;
+/// By so much less than that at most, as long as there is room for a job.
+const SHORT_OF: f32 = 0.01;
 /// Ends of jobs that wait for a connection.
 const MAX_UNSENT: usize = 10_000;
 /// Jobs that are asked about at a time; the server waits for an answer before it asks anew.
@@ -332,11 +335,16 @@ impl Desk {
         let job_count = self.job_count() as u32;
         let taken = self.job_count() + self.jobless;
         let slots = self.slots.map_or(0.0, |slots| taken as f32 / slots as f32);
+        let used = (self.load / self.threshold.unwrap_or(1.0)).max(slots);
+        let load = match status {
+            WorkerStatus::WsAvailable => (used * TARGET_LOAD).min(TARGET_LOAD - SHORT_OF),
+            WorkerStatus::WsFull => TARGET_LOAD + used.min(1.0) * (1.0 - TARGET_LOAD),
+        };
         self.reported = Some((status, job_count, now));
         self.sequence += 1;
         self.out.push(Request::UpdateWorker(UpdateWorkerStatus {
             status: Some(status.into()),
-            load: self.load.max(slots).min(MOST_LOAD),
+            load,
             job_count,
             draining: self.draining,
             seq: self.sequence,
@@ -466,6 +474,32 @@ mod tests {
                 false => WorkerStatus::WsAvailable,
             });
             assert_eq!(status(&mut desk), expected, "{load}");
+        }
+    }
+
+    #[test]
+    fn the_servers_own_limit_is_reached_where_ours_is() {
+        // Slots, threshold, load, jobs; what is reported.
+        for (slots, threshold, load, jobs, expected) in [
+            (10, Some(0.8), 0.0, 0, 0.0),
+            (10, Some(0.8), 0.4, 0, 0.35),
+            (10, Some(0.8), 0.79, 0, 0.69),
+            (10, Some(0.8), 0.8, 0, 1.0),
+            (10, None, 1.0, 0, 0.69),
+            (10, None, 0.2, 5, 0.35),
+            (10, None, 0.2, 9, 0.63),
+            (10, None, 0.2, 10, 1.0),
+        ] {
+            let (mut desk, now) = desk(slots, threshold);
+            (0..jobs).for_each(|n| take(&mut desk, &n.to_string(), now));
+            desk.loaded(load, now);
+            desk.report(now);
+            let reported = match desk.take_out().pop() {
+                Some(Request::UpdateWorker(update)) => update.load,
+                other => panic!("{other:?}"),
+            };
+            let case = (slots, threshold, load, jobs);
+            assert!((reported - expected).abs() < 0.001, "{case:?}: {reported}");
         }
     }
 

@@ -23,6 +23,9 @@ use std::{
     time::{Instant, SystemTime, UNIX_EPOCH},
 };
 
+/// When all workers for a job report this load or more, nobody is asked (`agents.target_load` of
+/// LiveKit's server, pkg/agent/config.go).
+const TARGET_LOAD: f32 = 0.7;
 /// Workers registered at a time.
 const MAX_WORKERS: usize = 1_000;
 
@@ -385,9 +388,15 @@ impl Core {
 impl Agents {
     /// A worker for the job that has not been asked yet, at random: the less load, the likelier.
     fn choose(&self, job: &proto::Job, asked: &BTreeSet<String>) -> Option<String> {
-        let workers = self.workers.values();
-        let fit: Vec<_> = workers
-            .filter(|w| w.serves(job) && !w.full && !asked.contains(&w.id))
+        let able: Vec<_> = (self.workers.values())
+            .filter(|w| w.serves(job) && !w.full)
+            .collect();
+        if able.iter().all(|worker| worker.load >= TARGET_LOAD) {
+            return None;
+        }
+        let fit: Vec<_> = able
+            .into_iter()
+            .filter(|w| !asked.contains(&w.id))
             .map(|w| (w, (1.0 - w.load).max(0.0)))
             .filter(|(_, weight)| *weight > 0.0)
             .collect();
@@ -463,6 +472,15 @@ mod tests {
         let idle = (0..2_000).filter(|_| agents.choose(&job, &none).as_deref() == Some("idle"));
         // 1,800 expected, with a standard deviation of 13.
         assert!((1_650..1_950).contains(&idle.count()));
+    }
+
+    #[test]
+    fn without_one_below_the_target_load_nobody_is_asked() {
+        let (job, none) = (proto::Job::default(), BTreeSet::new());
+        for (other, chosen) in [(0.7, false), (0.69, true)] {
+            let agents = agents(&[("a", 0.7, false), ("b", other, false)]);
+            assert_eq!(agents.choose(&job, &none).is_some(), chosen, "{other}");
+        }
     }
 
     #[test]
