@@ -8,19 +8,26 @@ use std::{
 
 use futures_util::StreamExt;
 use rustix::process::{WaitOptions, wait};
-use signal_hook::consts::{SIGCHLD, SIGHUP, SIGINT, SIGTERM};
-use signal_hook_tokio::Signals;
+use signal_hook::{
+    consts::{SIGCHLD, SIGHUP, SIGINT, SIGTERM},
+    iterator::exfiltrator::WithRawSiginfo,
+};
+use signal_hook_tokio::SignalsInfo;
 
 use crate::{close::CloseOrder, daemon::Daemon, domain::CloseReason};
 
 /// Listens for SIGINT, SIGTERM and SIGHUP, from now to the end of the process: a listener that is
 /// dropped does not bring back the default action, so there is one for life.
-pub struct SignalSource(Signals);
+pub struct SignalSource(SignalsInfo<Each>);
+
+/// Who listens by this is told of each signal, also of two that come before it has looked. So this one
+/// and the watchdog count the same.
+pub(crate) type Each = WithRawSiginfo;
 
 impl SignalSource {
     /// Call before anything is started that must not be lost.
     pub fn install() -> io::Result<Self> {
-        let signals = Signals::new([SIGINT, SIGTERM, SIGHUP])?;
+        let signals = SignalsInfo::new([SIGINT, SIGTERM, SIGHUP])?;
         if std::process::id() == 1 {
             signals.handle().add_signal(SIGCHLD)?;
             // Those that ended before.
@@ -33,7 +40,7 @@ impl SignalSource {
     /// SIGHUP meanwhile. Cancel safe.
     pub async fn terminate(&mut self, reload: impl Fn()) -> &'static str {
         loop {
-            match self.0.next().await {
+            match self.0.next().await.map(|signal| signal.si_signo) {
                 Some(SIGINT) => return "SIGINT",
                 Some(SIGTERM) => return "SIGTERM",
                 Some(SIGHUP) => reload(),
@@ -95,6 +102,37 @@ pub async fn govern(daemon: &Daemon, signals: &mut SignalSource, reload: impl Fn
                 // Resets take no time unless the runtime is stuck, and then nothing helps.
                 let _ = tokio::time::timeout(Duration::from_millis(500), daemon.closed()).await;
                 return Ending::Abandoned;
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicU32, Ordering};
+
+    use super::*;
+
+    #[tokio::test]
+    async fn each_signal_counts() {
+        let mut source = SignalSource(SignalsInfo::new([SIGHUP]).unwrap());
+        // To this thread, and handled before it returns.
+        for _ in 0..2 {
+            signal_hook::low_level::raise(SIGHUP).unwrap();
+        }
+        let heard = AtomicU32::new(0);
+        let listening = source.terminate(|| {
+            heard.fetch_add(1, Ordering::Relaxed);
+        });
+        let counted = async {
+            while heard.load(Ordering::Relaxed) < 2 {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+        };
+        tokio::select! {
+            name = listening => panic!("{name}"),
+            counted = tokio::time::timeout(Duration::from_secs(30), counted) => {
+                assert!(counted.is_ok(), "{heard:?} of 2");
             }
         }
     }

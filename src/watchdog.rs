@@ -19,12 +19,13 @@ use std::{
 
 use signal_hook::{
     consts::{SIGINT, SIGTERM},
-    iterator::Signals,
+    iterator::SignalsInfo,
 };
 
 use crate::{
     config::ShutdownConfig,
     registry::{OpenStream, Registry},
+    signals::Each,
 };
 
 /// What may follow a deadline in a close that works (ARCHITECTURE.md, invariant 3), and a little:
@@ -63,7 +64,7 @@ impl Watchdog {
     /// Listens for SIGINT and SIGTERM, besides those who do so on the runtime, and starts to watch.
     /// A process that it must end exits with `code`.
     pub fn start(shutdown: &ShutdownConfig, code: u8) -> io::Result<Self> {
-        let signals = Signals::new([SIGINT, SIGTERM])?;
+        let signals = SignalsInfo::<Each>::new([SIGINT, SIGTERM])?;
         // Not through `io::Stderr`, whose lock a stuck thread may hold.
         let stderr = File::from(io::stderr().as_fd().try_clone_to_owned()?);
         let shared = Arc::new(Shared {
@@ -117,7 +118,13 @@ impl Watchdog {
 }
 
 impl Shared {
-    fn watch(&self, mut judge: Judge, mut signals: Signals, to_say: &SyncSender<Seen>, code: u8) {
+    fn watch(
+        &self,
+        mut judge: Judge,
+        mut signals: SignalsInfo<Each>,
+        to_say: &SyncSender<Seen>,
+        code: u8,
+    ) {
         loop {
             #[allow(clippy::disallowed_methods, reason = "a thread of its own")]
             thread::sleep(judge.next_look(Instant::now()));
