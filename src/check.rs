@@ -229,7 +229,12 @@ async fn not_listed(config: &Config, error: ApiError) -> Finding {
             };
             Finding::failed(name, format!("refuses the credentials: {said}"), fix)
         }
-        ApiError::Argument { said } | ApiError::Other { said, .. } => {
+        ApiError::Argument { said } => Finding::failed(
+            name,
+            format!("refuses to list rooms: {said}"),
+            "check livekit.url (LIVEKIT_URL)",
+        ),
+        ApiError::Other { said, .. } => {
             let url = cli::shown(&config.livekit.url);
             let (what, fix) = match unreachable(&config.livekit.url).await {
                 Some(why) => (why, REACH_LIVEKIT),

@@ -377,7 +377,10 @@ impl Root {
             let been = || self.past.get(&name).and_then(|past| past.sid.as_ref()) == Some(&sid);
             let sight = match sight {
                 // Not we, then, but another daemon; and each would put the other out.
-                Sight::Lost { surely: true, .. } if been() => {
+                Sight::Lost {
+                    believed_after: Duration::ZERO,
+                    ..
+                } if been() => {
                     tracing::debug!(room = name, "somebody else is there as ours");
                     Sight::Served
                 }

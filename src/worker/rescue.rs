@@ -15,7 +15,7 @@ use std::{
 
 use futures_util::{StreamExt, stream};
 use livekit_protocol::{
-    AgentDispatch, Job, JobState, JobStatus, ParticipantInfo, participant_info::Kind,
+    AgentDispatch, Job, JobState, JobStatus, JobType, ParticipantInfo, participant_info::Kind,
     participant_info::State,
 };
 
@@ -31,6 +31,8 @@ use crate::{
 /// A loss is believed when it is still seen after this: LiveKit shows a job up to 5 s late among those
 /// of its dispatch (CheckEnabledTimeout of its pkg/agent/client.go), while somebody is at it already.
 const BELIEVED_AFTER: Duration = Duration::from_secs(6);
+/// The same if another program has the job, which may take its time to join.
+const GIVEN_UP_AFTER: Duration = Duration::from_secs(30);
 /// Rooms that no dispatch of ours is for are looked at more seldom.
 const SELDOM: u32 = 6;
 /// Whether a job's dispatch is still there is asked so often.
@@ -83,12 +85,15 @@ pub enum Sight {
     Unknown,
     /// No dispatch is for us.
     NotOurs,
-    /// Another program's worker of our name has the job, or has done it.
+    /// Another program's worker of our name has the job, or has refused it for all.
     Theirs,
     /// Somebody of ours is there, or nobody who could be transcribed.
     Served,
-    /// These are wanted and nobody is there for them; whether surely so.
-    Lost { claims: Vec<Claim>, surely: bool },
+    /// These are wanted and nobody is there for them; when that is believed.
+    Lost {
+        claims: Vec<Claim>,
+        believed_after: Duration,
+    },
 }
 
 #[derive(Debug, Default)]
@@ -149,9 +154,12 @@ impl Rescue {
             return Vec::new();
         };
         match sight {
-            Sight::Lost { claims, surely } => {
-                let believed_at = *seen.lost_since.get_or_insert(now) + BELIEVED_AFTER;
-                if surely || now >= believed_at {
+            Sight::Lost {
+                claims,
+                believed_after,
+            } => {
+                let believed_at = *seen.lost_since.get_or_insert(now) + believed_after;
+                if now >= believed_at {
                     seen.lost_since = None;
                     return claims;
                 }
@@ -220,6 +228,15 @@ fn jobs_of(dispatch: &AgentDispatch) -> impl Iterator<Item = (&str, &Job)> {
     jobs.filter_map(|job| Some((job.state.as_ref()?.participant_identity.as_str(), job)))
 }
 
+/// The jobs for the room that workers of other programs have taken, who may go by our name; none if we
+/// have one as well.
+fn others_jobs<'a>(us: &Us, dispatch: &'a AgentDispatch) -> Vec<(&'a str, &'a Job)> {
+    // A dispatch has jobs of all types.
+    let jobs = jobs_of(dispatch).filter(|(_, job)| job.r#type() == JobType::JtRoom);
+    let (ours, others): (Vec<_>, Vec<_>) = jobs.partition(|(i, _)| *i == us.identity);
+    if ours.is_empty() { others } else { Vec::new() }
+}
+
 /// What a room with dispatches of ours is in need of.
 fn sight(
     us: &Us,
@@ -251,26 +268,32 @@ fn sight(
         p.attributes.get(DAEMON_ATTRIBUTE) == Some(&us.daemon) || p.identity == us.daemon
     };
     let mut theirs_alone = false;
-    let (claims, surely): (Vec<Claim>, bool) = match us.job_type {
+    let (claims, believed_after): (Vec<Claim>, Duration) = match us.job_type {
         JobKind::Room => {
             let served = of_daemons.clone().any(|p| !us_before(p));
             if people.is_empty() || served {
                 return Sight::Served;
             }
-            // We are not in the room, and the server has us in it: we were, and were killed.
-            let surely = of_daemons.any(us_before);
-            // Workers of other programs may go by our name: what they do, or have done, is theirs.
-            let theirs = |(identity, job): (&str, &Job)| {
+            let theirs = |(identity, job): &(&str, &Job)| {
                 let mut there = participants.iter().filter(there);
-                let present = there.any(|p| p.identity == identity && !ours(p));
-                let done = job.state.as_ref().map(JobState::status) == Some(JobStatus::JsSuccess);
-                identity != us.identity && (present || done)
+                let present = there.any(|p| p.identity == *identity && !ours(p));
+                let refused =
+                    job.state.as_ref().map(JobState::status) == Some(JobStatus::JsSuccess);
+                present || refused
             };
-            let others = |dispatch: &&&AgentDispatch| jobs_of(dispatch).any(theirs);
-            theirs_alone = dispatches.iter().all(|d| others(&d));
+            let others = |dispatch: &AgentDispatch| others_jobs(us, dispatch).iter().any(theirs);
+            // We are not in the room, and the server has us in it: we were, and were killed.
+            let believed_after = if of_daemons.any(us_before) {
+                Duration::ZERO
+            } else if dispatches.iter().all(|d| others_jobs(us, d).is_empty()) {
+                BELIEVED_AFTER
+            } else {
+                GIVEN_UP_AFTER
+            };
+            theirs_alone = dispatches.iter().all(|d| others(d));
             let claims = dispatches.iter().filter(|d| !others(d));
             let claims = claims.filter_map(|d| claim(d, None));
-            (claims.take(1).collect(), surely)
+            (claims.take(1).collect(), believed_after)
         }
         JobKind::Publisher | JobKind::Participant => {
             let of = |dispatch: &&&AgentDispatch| {
@@ -284,13 +307,16 @@ fn sight(
                 let lost = of(&dispatch).into_iter();
                 lost.filter_map(|identity| claim(dispatch, Some(identity)))
             });
-            (claims.collect(), true)
+            (claims.collect(), Duration::ZERO)
         }
     };
     match claims.is_empty() {
         _ if theirs_alone => Sight::Theirs,
         true => Sight::Served,
-        false => Sight::Lost { claims, surely },
+        false => Sight::Lost {
+            claims,
+            believed_after,
+        },
     }
 }
 
@@ -346,9 +372,9 @@ mod tests {
         }
     }
 
-    fn surely(sight: &Sight) -> Option<bool> {
+    fn believed_after(sight: &Sight) -> Option<Duration> {
         match sight {
-            Sight::Lost { surely, .. } => Some(*surely),
+            Sight::Lost { believed_after, .. } => Some(*believed_after),
             _ => None,
         }
     }
@@ -361,7 +387,7 @@ mod tests {
         let found = see(&[person("ann"), agent("another's", None)]);
         let Sight::Lost {
             claims,
-            surely: false,
+            believed_after: BELIEVED_AFTER,
         } = &found
         else {
             panic!("{found:?}")
@@ -380,28 +406,53 @@ mod tests {
         }
         // We are, and were killed.
         let before = see(&[person("ann"), agent("agent", Some("d1"))]);
-        assert_eq!(surely(&before), Some(true));
+        assert_eq!(believed_after(&before), Some(Duration::ZERO));
         let gone = ParticipantInfo {
             state: State::Disconnected.into(),
             ..agent("agent", Some("d2"))
         };
-        assert_eq!(surely(&see(&[person("ann"), gone])), Some(false));
+        assert_eq!(
+            believed_after(&see(&[person("ann"), gone])),
+            Some(BELIEVED_AFTER)
+        );
         // Another program's worker of our name has the job.
         let theirs = dispatch("", &[("another's", "")]);
         let see = |dispatches: &[&AgentDispatch], agent| {
             sight(&us, "RM_1", dispatches, &[person("ann"), agent])
         };
         let another = || agent("another's", None);
+        let third = || agent("a third", None);
         assert_eq!(see(&[&theirs], another()), Sight::Theirs);
-        assert_eq!(surely(&see(&[&theirs, &ours], another())), Some(false));
         assert_eq!(
-            surely(&see(&[&theirs], agent("a third", None))),
-            Some(false)
+            believed_after(&see(&[&theirs, &ours], another())),
+            Some(GIVEN_UP_AFTER)
         );
-        let mut done = theirs.clone();
-        let state = done.state.as_mut().and_then(|s| s.jobs[0].state.as_mut());
-        state.expect("a job").set_status(JobStatus::JsSuccess);
-        assert_eq!(see(&[&done], agent("a third", None)), Sight::Theirs);
+        assert_eq!(
+            believed_after(&see(&[&theirs], third())),
+            Some(GIVEN_UP_AFTER)
+        );
+        let mut refused = theirs.clone();
+        let job = |d: &mut AgentDispatch, change: fn(&mut Job)| {
+            d.state.iter_mut().for_each(|s| change(&mut s.jobs[0]));
+        };
+        job(&mut refused, |job| {
+            let state = job.state.get_or_insert_default();
+            state.set_status(JobStatus::JsSuccess);
+        });
+        assert_eq!(see(&[&refused], third()), Sight::Theirs);
+        // A job about a participant, which says nothing of the room's.
+        let mut about = theirs.clone();
+        job(&mut about, |job| job.set_type(JobType::JtPublisher));
+        assert_eq!(
+            believed_after(&see(&[&about], another())),
+            Some(BELIEVED_AFTER)
+        );
+        // We have one as well, in another namespace.
+        let both = dispatch("", &[("another's", ""), ("agent", "")]);
+        assert_eq!(
+            believed_after(&see(&[&both], another())),
+            Some(BELIEVED_AFTER)
+        );
         let wrong = dispatch("{\"modle\": 1}", &[]);
         let found = sight(&us, "RM_1", &[&wrong], &[person("ann")]);
         assert_eq!(found, Sight::Served, "it failed its job, and would again");
@@ -415,7 +466,7 @@ mod tests {
         let found = sight(&us, "RM_1", &[&ours], &[person("ann"), person("bob")]);
         let Sight::Lost {
             claims,
-            surely: true,
+            believed_after: Duration::ZERO,
         } = found
         else {
             panic!("{found:?}")
@@ -470,9 +521,9 @@ mod tests {
         let mut rescue = rescue();
         let now = Instant::now();
         rescue.due(&listed(&["a"]), now);
-        let lost = |surely| Sight::Lost {
+        let lost = |sure| Sight::Lost {
             claims: vec![Claim::default()],
-            surely,
+            believed_after: if sure { Duration::ZERO } else { BELIEVED_AFTER },
         };
         let (soon, later) = (now + BELIEVED_AFTER / 2, now + BELIEVED_AFTER);
         let denied = [Sight::Served, Sight::Theirs, Sight::Unknown, Sight::NotOurs];

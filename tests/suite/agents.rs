@@ -17,8 +17,8 @@ use rehearsal::{
 use roomwarden::{cli::EXIT_OK, daemon::Daemon, transcripts::Sinks};
 use serde_json::Value;
 use tokio::{
-    io::{BufReader, Lines},
-    process::{Child, ChildStdout, Command},
+    process::{Child, Command},
+    sync::mpsc,
 };
 
 use crate::{
@@ -163,8 +163,7 @@ async fn a_genuine_agent_and_ours_take_their_own_jobs_in_one_room() {
 /// behind another of ours takes up just that.
 #[tokio::test(flavor = "multi_thread")]
 async fn genuine_workers_and_ours_share_the_rooms() {
-    // As late as LiveKit's server may be.
-    let stage = worker::stage_that_lists_jobs_after(Duration::from_secs(5));
+    let stage = worker::stage();
     let registered = async |count: usize| {
         let there = |w: &room::Witness| w.live_workers().count() == count;
         let witness = seen(&stage, "workers register", there).await;
@@ -181,6 +180,9 @@ async fn genuine_workers_and_ours_share_the_rooms() {
     let url = stage.stt.url();
     let _python = Agent::start(Framework::Python, &stage, &url, &[]);
     let python = registered(2).await;
+    // Nobody else can have it.
+    speakers.push(stage.speaker("room-1", "ann").await);
+    stage.streaming(2).await;
     let _node = Agent::start(Framework::Node, &stage, &url, &[]);
     let node = registered(3).await;
     let shares = loop {
@@ -208,15 +210,19 @@ async fn genuine_workers_and_ours_share_the_rooms() {
 
     let other = tempfile::tempdir().expect("state directory");
     let state = other.path().to_str().expect("UTF-8");
+    // As LiveKit's server does not know of jobs for some seconds.
+    stage.faults(|faults| faults.jobs_unlisted = true).await;
     let second = daemon(&[
         ("ROOMWARDEN__ROOMS__IDENTITY", "second"),
         ("ROOMWARDEN__STATE__DIR", state),
     ]);
     registered(4).await;
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    stage.faults(|faults| faults.jobs_unlisted = false).await;
+    let (streams, before) = (speakers.len(), stage.stt.witness().opened);
+    let heard = before + 1;
     first.signal("KILL");
     first.exit().await;
-    let streams = speakers.len();
-    let heard = streams as u64 + 1;
     let again = |w: &stt::Witness| w.opened == heard && w.open_now == streams;
     stage.witnessed("the second one transcribes", again).await;
     // For a few more looks at the rooms.
@@ -240,7 +246,8 @@ async fn genuine_workers_and_ours_share_the_rooms() {
 /// A job of theirs that shows so late that the room was taken for lost is left to them in the end.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_room_that_a_genuine_worker_has_is_given_back() {
-    let stage = worker::stage_that_lists_jobs_after(Duration::from_secs(15));
+    let stage = worker::stage();
+    stage.faults(|faults| faults.jobs_unlisted = true).await;
     let genuine = Agent::worker(&stage, "ROOM");
     let registered = |w: &room::Witness| w.live_workers().count() == 1;
     seen(&stage, "the worker registers", registered).await;
@@ -248,12 +255,8 @@ async fn a_room_that_a_genuine_worker_has_is_given_back() {
     stage.streaming(1).await;
     let ours = Daemon::start(worker::agent(&stage), Sinks::default());
     stage.streaming(2).await;
+    stage.faults(|faults| faults.jobs_unlisted = false).await;
     stage.witnessed("ours ends", |w| w.open_now == 1).await;
-    for _ in 0..10 {
-        tokio::time::sleep(Duration::from_millis(200)).await;
-        let witness = stage.stt.witness();
-        assert_eq!((witness.opened, witness.open_now), (2, 1));
-    }
     let report = stop(&ours).await;
     assert_eq!(
         reasons(&report),
@@ -290,7 +293,7 @@ pub enum Framework {
 pub struct Agent {
     child: Child,
     group: u32,
-    output: Lines<BufReader<ChildStdout>>,
+    output: mpsc::UnboundedReceiver<String>,
 }
 
 impl Agent {
@@ -333,7 +336,14 @@ impl Agent {
             .spawn()
             .expect("the agent starts");
         let group = child.id().expect("it runs");
-        let output = lines(&mut child);
+        // Read also when nobody asks: a full pipe would halt it.
+        let (said, output) = mpsc::unbounded_channel();
+        let mut lines = lines(&mut child);
+        tokio::spawn(async move {
+            while let Ok(Some(line)) = lines.next_line().await {
+                let _ = said.send(line);
+            }
+        });
         Self {
             child,
             group,
@@ -351,7 +361,7 @@ impl Agent {
     pub async fn says(&mut self, event: &str) -> Value {
         let mut said = Vec::new();
         let heard = async {
-            while let Some(line) = self.output.next_line().await.expect("its output") {
+            while let Some(line) = self.output.recv().await {
                 match serde_json::from_str::<Value>(&line) {
                     Ok(value) if value["event"] == event => return Some(value),
                     _ => said.push(line),
@@ -369,7 +379,7 @@ impl Agent {
     pub async fn end(mut self) -> ExitStatus {
         send("TERM", self.group);
         let end = async {
-            while let Ok(Some(_)) = self.output.next_line().await {}
+            while self.output.recv().await.is_some() {}
             self.child.wait().await.expect("its status")
         };
         let status = tokio::time::timeout(LIMIT, end).await;

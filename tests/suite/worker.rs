@@ -39,13 +39,8 @@ const IDENTITY: &str = "roomwarden-agent";
 
 /// A stage whose server waits for workers on busy machines.
 pub fn stage() -> Stage {
-    stage_that_lists_jobs_after(Duration::ZERO)
-}
-
-pub fn stage_that_lists_jobs_after(late: Duration) -> Stage {
     let rooms = room::Config {
         job_timeout: Duration::from_secs(20),
-        job_listed_after: late,
         ..room::Config::default()
     };
     Stage::of(rooms, stt::Config::default())

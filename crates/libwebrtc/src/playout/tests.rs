@@ -194,10 +194,6 @@ fn in_band_fec_brings_back_some_of_what_was_lost() {
         scene.run(Duration::from_secs(10));
         (scene.heard, scene.playout.stats().concealed)
     };
-    eprintln!(
-        "OFF {:x?}",
-        packets.iter().map(|p| p[1]).collect::<Vec<_>>()
-    );
     let (whole, _) = hear(false, true);
     let ((guessed, lost), (repeated, _)) = (hear(true, false), hear(true, true));
     assert!(lost >= 30 * u64::from(PACKET_TICKS), "{lost} lost");
@@ -268,8 +264,13 @@ fn a_packet_that_is_half_late_is_half_heard_and_moves_nothing() {
     let packets = encode(&original, 16_000, 1, 64_000);
     let mut scene = Scene::new(16_000, 1);
     for (n, payload) in packets.iter().enumerate() {
-        // When the delay is short already: late by more than that, by less than a packet.
-        let late = if n == 300 { 15 * MS } else { Duration::ZERO };
+        // When the delay is short already: late by more than that, but not by a packet more. The next
+        // one comes after it.
+        let late = match n {
+            300 => 30 * MS,
+            301 => 12 * MS,
+            _ => Duration::ZERO,
+        };
         let timestamp = n as u32 * PACKET_TICKS;
         scene.send(n as u64, timestamp, payload, PACKET * n as u32 + late);
     }

@@ -56,6 +56,9 @@ pub struct Faults {
     /// Whom the API cannot remove, as if the node that they are on were gone: it waits for that,
     /// and then says so (408).
     pub removals_unanswered: Whom,
+    /// Jobs are not listed among those of their dispatches, as with LiveKit's server for up to 5 s
+    /// while it has not yet learned which workers there are.
+    pub jobs_unlisted: bool,
     /// Webhooks about whom are recorded and not sent; if about everyone, those about rooms too.
     pub webhooks_lost: Whom,
 }

@@ -83,9 +83,6 @@ pub struct Config {
     /// A job that no agent worker has taken after this is lost. Default 3 s. LiveKit's server
     /// gives each worker 10 s, but its request for the whole job ends after 3.
     pub job_timeout: Duration,
-    /// So long after a job was offered it is not listed among those of its dispatch. Default 0;
-    /// LiveKit's server takes up to 5 s while it has not yet learned which workers there are.
-    pub job_listed_after: Duration,
     /// How often participants get a new token, apart from when they join or their permissions
     /// or metadata change. Default 5 min.
     pub token_refresh: Duration,
@@ -332,7 +329,6 @@ impl Default for Config {
             signal_timeout: Duration::from_secs(30),
             join_timeout: Duration::from_secs(60),
             job_timeout: Duration::from_secs(3),
-            job_listed_after: Duration::ZERO,
             token_refresh: Duration::from_secs(300),
             webhook_urls: Vec::new(),
             webhook_retry: Duration::from_secs(1),

@@ -164,12 +164,10 @@ impl Core {
         let wanted = |d: &&proto::AgentDispatch| {
             request.dispatch_id.is_empty() || d.id == request.dispatch_id
         };
-        let late = i64::try_from(self.config.job_listed_after.as_nanos()).unwrap_or(i64::MAX);
-        let by = unix_ns() - late;
-        let is_listed = |job: &proto::Job| job.state.as_ref().is_none_or(|s| s.started_at <= by);
         let mut agent_dispatches: Vec<_> = room.dispatches.iter().filter(wanted).cloned().collect();
-        for state in agent_dispatches.iter_mut().filter_map(|d| d.state.as_mut()) {
-            state.jobs.retain(is_listed);
+        if self.faults.borrow().jobs_unlisted {
+            let states = agent_dispatches.iter_mut().filter_map(|d| d.state.as_mut());
+            states.for_each(|state| state.jobs.clear());
         }
         Ok(proto::ListAgentDispatchResponse { agent_dispatches })
     }
