@@ -313,15 +313,15 @@ async fn full_and_loaded_workers_get_no_jobs() {
     worker.status(WorkerStatus::WsFull, 0.0).await;
     wait(&server, "full", |w| w.worker(&id).is_some_and(|w| w.full)).await;
     create_room(&server, "a", json!([])).await;
-    worker.status(WorkerStatus::WsAvailable, 1.0).await;
+    worker.status(WorkerStatus::WsAvailable, 0.7).await;
     wait(&server, "loaded", |w| {
-        w.worker(&id).is_some_and(|w| !w.full && w.load == 1.0)
+        w.worker(&id).is_some_and(|w| !w.full && w.load == 0.7)
     })
     .await;
     create_room(&server, "b", json!([])).await;
-    worker.status(WorkerStatus::WsAvailable, 0.9).await;
+    worker.status(WorkerStatus::WsAvailable, 0.5).await;
     wait(&server, "free", |w| {
-        w.worker(&id).is_some_and(|w| w.load < 1.0)
+        w.worker(&id).is_some_and(|w| w.load < 0.7)
     })
     .await;
     create_room(&server, "c", json!([])).await;
