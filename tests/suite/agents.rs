@@ -281,6 +281,12 @@ pub async fn seen(
     }
 }
 
+/// Of Node.js' own server, which takes no 0 for any.
+fn free_port() -> u16 {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
+    listener.local_addr().expect("its address").port()
+}
+
 /// LiveKit's frameworks, by their language.
 #[derive(Debug, Clone, Copy)]
 pub enum Framework {
@@ -327,6 +333,7 @@ impl Agent {
             .arg("start")
             .envs(stage.environment())
             .env("STT_URL", stt_url)
+            .env("AGENT_PORT", free_port().to_string())
             // It would otherwise look for a proxy even to loopback.
             .envs([("NO_PROXY", "127.0.0.1"), ("no_proxy", "127.0.0.1")])
             .envs(more.iter().copied())
@@ -362,8 +369,13 @@ impl Agent {
         let mut said = Vec::new();
         let heard = async {
             while let Some(line) = self.output.recv().await {
-                match serde_json::from_str::<Value>(&line) {
-                    Ok(value) if value["event"] == event => return Some(value),
+                // The log of another of its processes may be on the same line.
+                let told = line.find("{\"event\"").and_then(|at| {
+                    let rest = serde_json::Deserializer::from_str(&line[at..]);
+                    rest.into_iter::<Value>().next()?.ok()
+                });
+                match told {
+                    Some(value) if value["event"] == event => return Some(value),
                     _ => said.push(line),
                 }
             }

@@ -3,7 +3,8 @@
 //
 // It takes a job for each room, streams the first participant who comes to the STT server, and prints
 // each final transcript, one JSON object a line. The server and its key come from LIVEKIT_URL,
-// LIVEKIT_API_KEY and LIVEKIT_API_SECRET, the STT server and its key from STT_URL and DEEPGRAM_API_KEY.
+// LIVEKIT_API_KEY and LIVEKIT_API_SECRET, the STT server and its key from STT_URL and DEEPGRAM_API_KEY;
+// its own HTTP server takes AGENT_PORT.
 
 import { fileURLToPath } from 'node:url';
 
@@ -29,7 +30,8 @@ cli.runApp(
   new ServerOptions({
     agent: fileURLToPath(import.meta.url),
     host: '127.0.0.1',
-    port: 0,
+    // 0 would be 8081, which a second one could not have.
+    port: Number(process.env.AGENT_PORT),
     // Machines that test are busy, and the server gives nothing to a worker without a free core.
     loadFunc: async () => 0.5,
     numIdleProcesses: 1,
