@@ -23,8 +23,8 @@ const HYSTERESIS: f32 = 0.05;
 /// LiveKit's servers give nothing to who reports this load or more (`agents.target_load`, by default
 /// 0.7), even if it says that it is available: so that is reported where our own limits are reached.
 const TARGET_LOAD: f32 = 0.7;
-/// By so much less than that at most, as long as there is room for a job.
-const SHORT_OF: f32 = 0.01;
+/// What is reported at most as long as there is room for a job.
+const MOST_LOAD: f32 = TARGET_LOAD - 0.01;
 /// Ends of jobs that wait for a connection.
 const MAX_UNSENT: usize = 10_000;
 /// Jobs that are asked about at a time; the server waits for an answer before it asks anew.
@@ -337,7 +337,7 @@ impl Desk {
         let slots = self.slots.map_or(0.0, |slots| taken as f32 / slots as f32);
         let used = (self.load / self.threshold.unwrap_or(1.0)).max(slots);
         let load = match status {
-            WorkerStatus::WsAvailable => (used * TARGET_LOAD).min(TARGET_LOAD - SHORT_OF),
+            WorkerStatus::WsAvailable => (used * TARGET_LOAD).min(MOST_LOAD),
             WorkerStatus::WsFull => TARGET_LOAD + used.min(1.0) * (1.0 - TARGET_LOAD),
         };
         self.reported = Some((status, job_count, now));

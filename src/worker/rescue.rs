@@ -267,7 +267,6 @@ fn sight(
     let us_before = |p: &ParticipantInfo| {
         p.attributes.get(DAEMON_ATTRIBUTE) == Some(&us.daemon) || p.identity == us.daemon
     };
-    let mut theirs_alone = false;
     let (claims, believed_after): (Vec<Claim>, Duration) = match us.job_type {
         JobKind::Room => {
             let served = of_daemons.clone().any(|p| !us_before(p));
@@ -281,7 +280,10 @@ fn sight(
                     job.state.as_ref().map(JobState::status) == Some(JobStatus::JsSuccess);
                 present || refused
             };
-            let others = |dispatch: &AgentDispatch| others_jobs(us, dispatch).iter().any(theirs);
+            let is_theirs = |d: &&&AgentDispatch| others_jobs(us, d).iter().any(theirs);
+            if dispatches.iter().all(|d| is_theirs(&d)) {
+                return Sight::Theirs;
+            }
             // We are not in the room, and the server has us in it: we were, and were killed.
             let believed_after = if of_daemons.any(us_before) {
                 Duration::ZERO
@@ -290,8 +292,7 @@ fn sight(
             } else {
                 GIVEN_UP_AFTER
             };
-            theirs_alone = dispatches.iter().all(|d| others(d));
-            let claims = dispatches.iter().filter(|d| !others(d));
+            let claims = dispatches.iter().filter(|d| !is_theirs(d));
             let claims = claims.filter_map(|d| claim(d, None));
             (claims.take(1).collect(), believed_after)
         }
@@ -311,7 +312,6 @@ fn sight(
         }
     };
     match claims.is_empty() {
-        _ if theirs_alone => Sight::Theirs,
         true => Sight::Served,
         false => Sight::Lost {
             claims,
