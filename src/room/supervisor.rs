@@ -1133,7 +1133,7 @@ fn speaking(selection: &Selection, info: &ParticipantInfo) -> Vec<String> {
 /// How long all peer connections may take to read what has come, and timers to be exact.
 const READING: Duration = Duration::from_millis(4);
 
-/// A moment at which packets have just been read. So they have after it as well, every 20 ms.
+/// A moment at which packets have just been read. So they have at every beat after it.
 pub fn just_read() -> Instant {
     encoded_audio::beats().0 + READING
 }

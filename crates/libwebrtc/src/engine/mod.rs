@@ -37,7 +37,7 @@ use tokio::sync::Notify;
 pub(crate) use callback::Callback;
 use network::Network;
 #[cfg(feature = "encoded-audio")]
-pub(crate) use runtime::beats;
+pub(crate) use runtime::{BEAT, beats};
 pub(crate) use session::Session;
 pub(crate) use stats::Of;
 

@@ -24,7 +24,7 @@ const MAX_THREADS: usize = 4;
 
 /// How often what flows is read: as often as a voice sends, which then waits half of it on average.
 /// Twice as often costs a third more where there are many rooms.
-const BEAT: Duration = Duration::from_millis(20);
+pub(crate) const BEAT: Duration = Duration::from_millis(20);
 
 /// What all peer connections of the process share.
 ///
