@@ -216,7 +216,8 @@ impl Session {
         output.transmits.append(&mut self.output.transmits);
         output.events.append(&mut self.output.events);
         output.network.append(&mut self.output.network);
-        let quiet_at = (!self.silent)
+        // Only of a connection, as silence is.
+        let quiet_at = (self.is_linked() && !self.silent)
             .then_some(self.heard)
             .flatten()
             .map(|at| at + SILENCE);
@@ -472,9 +473,8 @@ impl Session {
 
     /// Takes up connections when datagrams have found no way. Returns when that will be.
     fn fall_back(&mut self, now: Instant) -> Option<Instant> {
-        let linked = matches!(self.stack_ice, StackIce::Connected | StackIce::Completed);
         let negotiated = self.local.is_some() && self.remote.is_some();
-        if self.streams || !negotiated || (linked && !self.silent) {
+        if self.streams || !negotiated || (self.is_linked() && !self.silent) {
             return None;
         }
         let mut at = *self.searching_since.get_or_insert(now) + HEAD_START;
@@ -637,12 +637,16 @@ impl Session {
         self.end_channels();
     }
 
+    fn is_linked(&self) -> bool {
+        matches!(self.stack_ice, StackIce::Connected | StackIce::Completed)
+    }
+
     /// Derives the states that the API shows, and reports changes.
     fn watch(&mut self, now: Instant) {
         if self.signaling == SignalingState::Closed {
             return;
         }
-        let linked = matches!(self.stack_ice, StackIce::Connected | StackIce::Completed);
+        let linked = self.is_linked();
         self.silent = linked && self.heard.is_some_and(|heard| now >= heard + SILENCE);
         let up = linked && self.secured && !self.silent && !self.gone;
         let negotiated = self.local.is_some() && self.remote.is_some();

@@ -139,6 +139,8 @@ struct Wire {
     now: Instant,
     /// Nothing gets through.
     cut: bool,
+    /// In a row, that ended with a deadline that was over.
+    idle_turns: u32,
 }
 
 impl Wire {
@@ -153,6 +155,7 @@ impl Wire {
             b,
             now,
             cut: false,
+            idle_turns: 0,
         }
     }
 
@@ -198,6 +201,16 @@ impl Wire {
         if self.settle() {
             let deadlines = [self.a.output.deadline, self.b.output.deadline];
             let next = deadlines.into_iter().flatten().min().unwrap_or(self.now);
+            // A driver with nothing to do would not rest either.
+            self.idle_turns = if next > self.now {
+                0
+            } else {
+                self.idle_turns + 1
+            };
+            assert!(
+                self.idle_turns < 10,
+                "nothing to do, and no time until then"
+            );
             self.now = next.clamp(self.now + Duration::from_millis(1), self.now + LIMIT);
         }
     }
@@ -270,6 +283,27 @@ fn states(events: &[Event]) -> Vec<PeerConnectionState> {
         _ => None,
     };
     events.iter().filter_map(state).collect()
+}
+
+#[test]
+fn who_has_nothing_to_do_rests() {
+    let mut wire = Wire::new();
+    wire.a.add_channel("first");
+    // Nothing negotiated, then no answer, then a remote side that is not there.
+    wire.pass(Duration::from_secs(30));
+    wire.cut = true;
+    let offer = wire.a.offer();
+    wire.a.session.set_local_description(offer.clone()).unwrap();
+    wire.pass(Duration::from_secs(30));
+    wire.b.session.set_remote_description(offer).unwrap();
+    let answer = wire.b.session.create_answer().unwrap();
+    wire.b
+        .session
+        .set_local_description(answer.clone())
+        .unwrap();
+    wire.a.session.set_remote_description(answer).unwrap();
+    wire.pass(Duration::from_secs(60));
+    assert_eq!(wire.a.state(), PeerConnectionState::Failed);
 }
 
 #[test]
