@@ -45,7 +45,8 @@ pub struct EncodedAudioFrame {
     pub audio_level: Option<i8>,
     /// Whether the sender thinks that it contains voice (RFC 6464), if it told that.
     pub voice_activity: Option<bool>,
-    /// When the datagram was read from the socket.
+    /// When the datagram came to this machine, where the kernel tells that (Linux does); else, and over
+    /// TCP, when it was read.
     pub received_at: Instant,
 }
 

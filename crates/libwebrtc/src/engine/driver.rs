@@ -14,8 +14,6 @@ use super::{
     session::{Event, Output},
 };
 
-/// Longer than any datagram that a peer has reason to send.
-const MAX_DATAGRAM: usize = 2048;
 /// The session's deadline may be years away, which timers do not take.
 const MAX_SLEEP: Duration = Duration::from_secs(3600);
 
@@ -23,7 +21,6 @@ const MAX_SLEEP: Duration = Duration::from_secs(3600);
 pub(super) async fn drive(peer: Arc<Peer>, mut network: Network) {
     let peer = Closing(peer);
     let mut output = Output::default();
-    let mut buffer = vec![0; MAX_DATAGRAM];
     let mut now = Instant::now();
     // When what flows is read next.
     let mut beat = now;
@@ -77,7 +74,7 @@ pub(super) async fn drive(peer: Arc<Peer>, mut network: Network) {
                     now = Instant::now();
                     match ready {
                         Ready::Socket(index) => {
-                            network.receive(now, index, &mut buffer, deliver(now)).await;
+                            network.receive(now, index, deliver(now)).await;
                         }
                         Ready::Link(index, event) => {
                             network.on_link(now, index, event, deliver(now));
@@ -93,7 +90,7 @@ pub(super) async fn drive(peer: Arc<Peer>, mut network: Network) {
                 }
             }
             if polling && now >= beat {
-                let read = network.receive_polled(now, &mut buffer, deliver(now)).await;
+                let read = network.receive_polled(now, deliver(now)).await;
                 called |= read > 0;
                 // A socket that is not emptied fills up.
                 beat = if read < BATCH { next_beat(now) } else { now };

@@ -15,7 +15,6 @@ use super::{
 use crate::{
     MediaType, RtcError,
     encoded_audio::EncodedAudioFrame,
-    peer_connection::PeerConnectionState,
     rtp_sender::{EncodedPacket, RtpSender},
     rtp_transceiver::{RtpTransceiver, RtpTransceiverDirection, RtpTransceiverInit},
 };
@@ -66,7 +65,7 @@ impl Session {
 
     /// What Opus is sent as in that section. None if it does not send now.
     fn payload_type(&self, mid: Mid) -> Option<Pt> {
-        if self.connection_state() != PeerConnectionState::Connected {
+        if !self.has_way() {
             return None;
         }
         let rtc = self.rtc.as_ref()?;

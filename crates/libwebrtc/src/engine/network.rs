@@ -5,6 +5,7 @@
 //! are [`NetworkRequest`]s of the session.
 
 use std::{
+    cell::RefCell,
     collections::VecDeque,
     future::{Future, poll_fn},
     io,
@@ -31,7 +32,7 @@ use super::{
     relay::{Incoming, Relay, RelayEvent, UNREACHABLE},
     servers::{self, Server, Transport},
     session::NetworkRequest,
-    sockets::Sockets,
+    sockets::{Datagram, Inbox, Sockets},
 };
 use crate::{
     peer_connection::IceCandidateError,
@@ -61,6 +62,8 @@ pub(super) struct Received<'a> {
     pub source: SocketAddr,
     /// Our address as the stack knows it.
     pub local: SocketAddr,
+    /// When it came to this machine.
+    pub arrived: Instant,
     pub bytes: &'a [u8],
 }
 
@@ -223,25 +226,33 @@ impl Network {
         poll_fn(|cx| self.poll_ready(cx)).await
     }
 
-    /// Takes the datagrams that wait at a socket, at most [`BATCH`], and hands them on. Returns how
-    /// many there were.
+    /// Takes the datagrams that wait at a socket, about [`BATCH`] at most, and hands them on. Returns
+    /// how many there were.
     pub(super) async fn receive(
         &mut self,
         now: Instant,
         index: usize,
-        buffer: &mut [u8],
         mut deliver: impl FnMut(Received),
     ) -> usize {
-        let (mut read, mut media) = (0, 0);
-        while read < BATCH
-            && let Some((len, source, local)) = self.sockets.receive(index, buffer)
-        {
-            read += 1;
-            self.sort(now, source, local, &buffer[..len], |received| {
-                media += u32::from(received.is_rtp());
-                deliver(received);
-            });
+        thread_local! {
+            static INBOX: RefCell<Inbox> = RefCell::new(Inbox::new());
         }
+        let (mut read, mut media) = (0, 0);
+        INBOX.with_borrow_mut(|inbox| {
+            loop {
+                self.sockets.receive(index, inbox);
+                for datagram in inbox.datagrams() {
+                    read += 1;
+                    self.sort(now, datagram, |received| {
+                        media += u32::from(received.is_rtp());
+                        deliver(received);
+                    });
+                }
+                if read >= BATCH || !inbox.more {
+                    break;
+                }
+            }
+        });
         self.sockets.note_media(now, index, media).await;
         read
     }
@@ -255,13 +266,12 @@ impl Network {
     pub(super) async fn receive_polled(
         &mut self,
         now: Instant,
-        buffer: &mut [u8],
         mut deliver: impl FnMut(Received),
     ) -> usize {
         let mut read = 0;
         for index in 0..self.sockets.len() {
             if self.sockets.is_polled(index) {
-                read += self.receive(now, index, buffer, &mut deliver).await;
+                read += self.receive(now, index, &mut deliver).await;
             }
         }
         read
@@ -271,11 +281,15 @@ impl Network {
     pub(super) fn sort(
         &mut self,
         now: Instant,
-        source: SocketAddr,
-        local: SocketAddr,
-        bytes: &[u8],
+        datagram: Datagram,
         deliver: impl FnOnce(Received),
     ) {
+        let Datagram {
+            source,
+            local,
+            arrived,
+            bytes,
+        } = datagram;
         if !(self.relays.is_empty() && self.queries.is_empty()) {
             match self.queries.receive(source, local, bytes) {
                 Answer::Foreign => {}
@@ -284,13 +298,14 @@ impl Network {
             }
             let through = |relay: &&mut Relay| relay.remote() == source && relay.local() == local;
             if let Some(relay) = self.relays.iter_mut().find(through) {
-                return from_relay(relay, &mut self.faults, now, bytes, deliver);
+                return from_relay(relay, &mut self.faults, (now, arrived), bytes, deliver);
             }
         }
         deliver(Received {
             protocol: Protocol::Udp,
             source,
             local,
+            arrived,
             bytes,
         });
     }
@@ -319,13 +334,14 @@ impl Network {
                 let broken = loop {
                     match (link.next(), &mut relay) {
                         (Ok(Some(bytes)), Some(relay)) => {
-                            from_relay(relay, &mut self.faults, now, bytes, &mut deliver);
+                            from_relay(relay, &mut self.faults, (now, now), bytes, &mut deliver);
                         }
                         (Ok(Some(bytes)), None) if to_peer && !bytes.is_empty() => {
                             deliver(Received {
                                 protocol: Protocol::Tcp,
                                 source: remote,
                                 local,
+                                arrived: now,
                                 bytes,
                             });
                         }
@@ -380,8 +396,7 @@ impl Network {
             match timeout(until.saturating_duration_since(now), self.ready()).await {
                 Err(_) => {}
                 Ok(Ready::Socket(index)) => {
-                    let mut buffer = [0; 2048];
-                    self.receive(now, index, &mut buffer, |_| {}).await;
+                    self.receive(now, index, |_| {}).await;
                 }
                 Ok(Ready::Link(index, event)) => self.on_link(now, index, event, |_| {}),
                 Ok(Ready::Lookup(..)) => {}
@@ -749,7 +764,7 @@ fn allows(policy: IceTransportsType, candidate: &Candidate) -> bool {
 fn from_relay(
     relay: &mut Relay,
     faults: &mut Faults,
-    now: Instant,
+    (now, arrived): (Instant, Instant),
     bytes: &[u8],
     deliver: impl FnOnce(Received),
 ) {
@@ -760,6 +775,7 @@ fn from_relay(
                 protocol: Protocol::Udp,
                 source,
                 local,
+                arrived,
                 bytes,
             });
         }
@@ -804,7 +820,6 @@ mod tests {
             sender.send_to(b"two", second).unwrap();
         }
         let (mut seen, mut batches) = (0, Vec::new());
-        let mut buffer = [0; 16];
         while seen < 2 * (BATCH + 1) {
             let Ready::Socket(index) = network.ready().await else {
                 panic!("there are only sockets");
@@ -818,7 +833,7 @@ mod tests {
                 assert_eq!(received.source, sender.local_addr().unwrap());
                 assert_eq!(received.bytes, expected);
             };
-            let read = network.receive(now, index, &mut buffer, deliver).await;
+            let read = network.receive(now, index, deliver).await;
             seen += read;
             batches.extend((read > 0).then_some((index, read)));
         }

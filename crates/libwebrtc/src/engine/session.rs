@@ -250,16 +250,14 @@ impl Session {
             protocol,
             source,
             local,
+            arrived,
             bytes,
         } = *received;
         // With each datagram the stack lets time pass, which is most of what a packet costs where there
-        // are many tracks; but not with one of the past.
+        // are many tracks; but not with one of the past, as one that is read is.
+        self.tell(now);
+        let at = arrived.min(now.checked_sub(INSTANT).unwrap_or(now));
         let is_rtp = received.is_rtp();
-        let mut at = now;
-        if is_rtp {
-            self.tell(now);
-            at = now.checked_sub(INSTANT).unwrap_or(now);
-        }
         let Some(rtc) = &mut self.rtc else { return };
         let receive = match Receive::new(protocol, source, local, bytes) {
             Ok(receive) => receive,
@@ -284,7 +282,14 @@ impl Session {
                 self.faults.note(Fault::Refused, detail);
             }
         }
-        self.drain(now, if is_rtp { Until::Packet } else { Until::Quiet });
+        if is_rtp {
+            self.drain(now, Until::Packet);
+        } else {
+            // What came of it has to be done now.
+            self.told = None;
+            self.tell(now);
+            self.drain(now, Until::Quiet);
+        }
     }
 
     /// Ends everything. Idempotent.
@@ -635,6 +640,12 @@ impl Session {
         self.gone = true;
         self.failed = true;
         self.end_channels();
+    }
+
+    /// Something can be sent, if maybe in vain: the last way through is used until there is another,
+    /// also while ICE is restarted.
+    pub(super) fn has_way(&self) -> bool {
+        self.connected_once && !self.gone && !self.failed
     }
 
     fn is_linked(&self) -> bool {

@@ -5,15 +5,16 @@
 //! same moments for all peer connections, so that the process wakes up once for all of them.
 
 use std::{
-    io,
+    io::{self, IoSliceMut},
     net::{IpAddr, SocketAddr, UdpSocket as StdUdpSocket},
     task::Context,
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
 
+use quinn_udp::{RecvMeta, UdpSocketState};
 use socket2::SockRef;
 use str0m::Candidate;
-use tokio::net::UdpSocket;
+use tokio::{io::Interest, net::UdpSocket};
 
 use super::faults::{Fault, Faults};
 
@@ -25,9 +26,18 @@ const PAUSE: Duration = Duration::from_millis(50);
 /// It has stopped when nothing came for so long.
 const STOPPED: Duration = Duration::from_millis(250);
 
+/// Datagrams that one call of the kernel reads at most.
+const AT_ONCE: usize = 8;
+/// What the kernel may give as one: several of one sender, joined.
+const MAX_JOINED: usize = 1 << 16;
+/// One that says that it came longer ago than this has another clock than ours.
+const MAX_WAITED: Duration = Duration::from_secs(1);
+
 pub(super) struct Socket {
     pub local: SocketAddr,
     handle: Handle,
+    /// How the kernel was asked to tell of datagrams.
+    told: UdpSocketState,
     /// Packets of media since the last pause.
     flow: u32,
     last: Option<Instant>,
@@ -62,12 +72,79 @@ impl Handle {
         }
     }
 
-    fn try_recv_from(&self, buffer: &mut [u8]) -> io::Result<(usize, SocketAddr)> {
+    /// Returns how many of the buffers are used.
+    fn try_receive(
+        &self,
+        told: &UdpSocketState,
+        buffers: &mut [IoSliceMut<'_>],
+        meta: &mut [RecvMeta],
+    ) -> io::Result<usize> {
         match self {
-            Self::Watched(socket) => socket.try_recv_from(buffer),
-            Self::Polled(socket) => socket.recv_from(buffer),
+            Self::Watched(socket) => socket.try_io(Interest::READABLE, || {
+                told.recv(socket.into(), buffers, meta)
+            }),
+            Self::Polled(socket) => told.recv(socket.into(), buffers, meta),
             Self::Lost => Err(io::ErrorKind::WouldBlock.into()),
         }
+    }
+}
+
+/// A datagram, as a socket has it.
+pub(super) struct Datagram<'a> {
+    pub source: SocketAddr,
+    pub local: SocketAddr,
+    /// When it came, not when it was read, if the kernel tells that.
+    pub arrived: Instant,
+    pub bytes: &'a [u8],
+}
+
+/// Where datagrams are read into. Large, but only what is used takes memory.
+pub(super) struct Inbox {
+    buffers: Vec<u8>,
+    meta: [RecvMeta; AT_ONCE],
+    used: usize,
+    local: SocketAddr,
+    read_at: (Instant, SystemTime),
+    /// There may be more where they come from.
+    pub more: bool,
+}
+
+impl Inbox {
+    pub(super) fn new() -> Self {
+        Self {
+            buffers: vec![0; AT_ONCE * MAX_JOINED],
+            meta: [RecvMeta::default(); AT_ONCE],
+            used: 0,
+            local: SocketAddr::from(([0; 4], 0)),
+            read_at: (Instant::now(), SystemTime::now()),
+            more: false,
+        }
+    }
+
+    /// What was read last.
+    pub(super) fn datagrams(&self) -> impl Iterator<Item = Datagram<'_>> {
+        let buffers = self.buffers.chunks_exact(MAX_JOINED);
+        let used = self.meta.iter().zip(buffers).take(self.used);
+        used.flat_map(move |(meta, buffer)| {
+            let arrived = self.arrived(meta);
+            let joined = buffer[..meta.len].chunks(meta.stride.max(1));
+            joined.map(move |bytes| Datagram {
+                source: meta.addr,
+                local: self.local,
+                arrived,
+                bytes,
+            })
+        })
+    }
+
+    fn arrived(&self, meta: &RecvMeta) -> Instant {
+        let (instant, time) = self.read_at;
+        let waited = meta.timestamp.and_then(|since_epoch| {
+            let arrived = SystemTime::UNIX_EPOCH + since_epoch;
+            let waited = time.duration_since(arrived).ok()?;
+            (waited < MAX_WAITED).then_some(waited)
+        });
+        instant - waited.unwrap_or_default()
     }
 }
 
@@ -124,11 +201,13 @@ impl Sockets {
             log::debug!("the receive buffer stays as it is: {err}");
         }
         let local = socket.local_addr()?;
+        let told = UdpSocketState::new((&socket).into())?;
         let socket = UdpSocket::from_std(socket)?;
         writable(&socket).await;
         self.0.push(Socket {
             local,
             handle: Handle::Watched(socket),
+            told,
             flow: 0,
             last: None,
             candidates: Vec::new(),
@@ -197,21 +276,36 @@ impl Sockets {
         }
     }
 
-    /// Length, source and own address of a datagram, or None if none waits.
-    pub(super) fn receive(
-        &self,
-        index: usize,
-        buffer: &mut [u8],
-    ) -> Option<(usize, SocketAddr, SocketAddr)> {
-        let Socket { local, handle, .. } = self.0.get(index)?;
-        loop {
-            match handle.try_recv_from(buffer) {
-                Ok((len, source)) => return Some((len, source, *local)),
-                Err(err) if err.kind() == io::ErrorKind::WouldBlock => return None,
-                // An ICMP answer to something sent earlier; the next datagram may be fine.
-                Err(err) => log::debug!("receiving on {local}: {err}"),
+    /// Reads datagrams that wait.
+    pub(super) fn receive(&self, index: usize, inbox: &mut Inbox) {
+        (inbox.used, inbox.more) = (0, false);
+        let Some(Socket {
+            local,
+            handle,
+            told,
+            ..
+        }) = self.0.get(index)
+        else {
+            return;
+        };
+        inbox.local = *local;
+        let mut buffers = inbox.buffers.chunks_exact_mut(MAX_JOINED);
+        let mut buffers: [_; AT_ONCE] =
+            std::array::from_fn(|_| IoSliceMut::new(buffers.next().unwrap_or_default()));
+        match handle.try_receive(told, &mut buffers, &mut inbox.meta) {
+            Ok(used) => {
+                inbox.used = used;
+                // One that is watched has to say that it is empty, or it is not watched.
+                inbox.more = used == AT_ONCE || matches!(handle, Handle::Watched(_));
+            }
+            Err(err) if err.kind() == io::ErrorKind::WouldBlock => {}
+            // An ICMP answer to something sent earlier; the next datagram may be fine.
+            Err(err) => {
+                log::debug!("receiving on {local}: {err}");
+                inbox.more = true;
             }
         }
+        inbox.read_at = (Instant::now(), SystemTime::now());
     }
 
     pub(super) fn is_polled(&self, index: usize) -> bool {
@@ -289,6 +383,34 @@ mod tests {
         assert_eq!(faults.count(Fault::Unsent), 1);
     }
 
+    /// Elsewhere the kernel does not say.
+    #[cfg(target_os = "linux")]
+    #[tokio::test]
+    async fn a_datagram_arrives_when_it_comes_not_when_it_is_read() {
+        const LATER: Duration = Duration::from_millis(200);
+        let mut sockets = Sockets::default();
+        let local = sockets.open(Ipv4Addr::LOCALHOST.into()).await.unwrap();
+        let peer = StdUdpSocket::bind("127.0.0.1:0").unwrap();
+        let begun = Instant::now();
+        for n in 0..2 * AT_ONCE {
+            peer.send_to(&[n as u8], local).unwrap();
+        }
+        let sent = Instant::now();
+        tokio::time::sleep(LATER).await;
+        let mut inbox = Inbox::new();
+        for half in 0..2 {
+            sockets.receive(0, &mut inbox);
+            assert!(inbox.more);
+            for (n, datagram) in inbox.datagrams().enumerate() {
+                assert_eq!(datagram.bytes, [(half * AT_ONCE + n) as u8]);
+                // With room for two clocks that are not looked at in the same instant.
+                assert!(datagram.arrived + LATER / 4 > begun);
+                assert!(datagram.arrived < sent + LATER / 4);
+            }
+            assert_eq!(inbox.datagrams().count(), AT_ONCE);
+        }
+    }
+
     #[tokio::test]
     async fn a_socket_is_polled_while_media_flows_and_works_either_way() {
         let mut sockets = Sockets::default();
@@ -299,7 +421,7 @@ mod tests {
         let to = peer.local_addr().unwrap();
         let mut now = Instant::now();
         let mut faults = Faults::default();
-        let mut buffer = [0; 16];
+        let (mut buffer, mut inbox) = ([0; 16], Inbox::new());
         for polled in [false, true, false] {
             assert_eq!(sockets.is_polled(0), polled);
             assert!(sockets.send(&mut faults, local, to, b"there"));
@@ -314,8 +436,16 @@ mod tests {
                 let told = tokio::time::timeout(Duration::from_secs(30), ready);
                 told.await.unwrap();
             }
-            assert_eq!(sockets.receive(0, &mut buffer), Some((4, to, local)));
-            assert_eq!(sockets.receive(0, &mut buffer), None);
+            sockets.receive(0, &mut inbox);
+            let read: Vec<_> = inbox.datagrams().collect();
+            let [ref datagram] = read[..] else {
+                panic!("{} datagrams", read.len());
+            };
+            assert_eq!((datagram.source, datagram.local), (to, local));
+            assert_eq!(datagram.bytes, b"back");
+            assert_eq!(inbox.more, !polled);
+            sockets.receive(0, &mut inbox);
+            assert_eq!((inbox.datagrams().count(), inbox.more), (0, false));
             // Slower than a voice.
             for _ in 0..2 * FLOWING {
                 now += 2 * PAUSE;

@@ -268,6 +268,7 @@ fn pump(from: &mut Side, to: &mut Side, now: Instant, cut: bool) -> bool {
                 protocol: Protocol::Udp,
                 source: from.addr,
                 local: to.addr,
+                arrived: now,
                 bytes: &transmit.contents,
             };
             to.session.receive(now, &received);
@@ -735,6 +736,82 @@ fn an_offer_whose_answer_was_lost_is_made_again_with_the_same_sections() {
 }
 
 #[test]
+fn packets_that_are_read_late_have_the_time_and_the_jitter_that_they_came_with() {
+    const PACE: Duration = Duration::from_millis(20);
+    let mut ends = None;
+    let mut wire = Wire::connected(|wire| {
+        ends = Some(wire.a.add_audio(Direction::SendOnly, "of-a"));
+    });
+    let at_a = ends.unwrap();
+    let mut sent = Vec::new();
+    for sequence in 1..=100 {
+        wire.now += PACE;
+        assert!(wire.a.send(&at_a, sequence));
+        wire.a.session.step(wire.now, &mut wire.a.output);
+        let transmits = wire.a.output.transmits.drain(..);
+        sent.extend(transmits.map(|transmit| (wire.now, transmit)));
+        // Those of five together.
+        if sequence % 5 == 0 {
+            for (arrived, transmit) in sent.drain(..) {
+                let received = Received {
+                    protocol: Protocol::Udp,
+                    source: wire.a.addr,
+                    local: wire.b.addr,
+                    arrived,
+                    bytes: &transmit.contents,
+                };
+                wire.b.session.receive(wire.now, &received);
+            }
+            wire.settle();
+        }
+    }
+    let arrived = wire.b.events.iter().filter_map(|event| match event {
+        Event::Audio(_, frame) => Some(frame.received_at),
+        _ => None,
+    });
+    let arrived: Vec<_> = arrived.collect();
+    assert_eq!(arrived.len(), 100);
+    for pair in arrived.windows(2) {
+        assert!((pair[1] - pair[0]).abs_diff(PACE) < Duration::from_millis(1));
+    }
+    let receiver = wire.b.session.transceivers()[0].receiver();
+    let report = wire.b.session.stats(Of::Receiver(&receiver));
+    let jitter = report.iter().find_map(|stats| match stats {
+        RtcStats::InboundRtp(inbound) => Some(inbound.received.jitter),
+        _ => None,
+    });
+    assert!(jitter.unwrap() < 1e-3, "{jitter:?} s");
+}
+
+#[test]
+fn no_audio_is_missed_while_ice_is_restarted() {
+    let mut ends = None;
+    let mut wire = Wire::connected(|wire| {
+        ends = Some(wire.a.add_audio(Direction::SendOnly, "of-a"));
+    });
+    let at_a = ends.unwrap();
+    let track = wire.b.session.transceivers()[0].receiver().track().unwrap();
+    let restart = OfferOptions {
+        ice_restart: true,
+        ..OfferOptions::default()
+    };
+    for sequence in 1..=200 {
+        if sequence == 50 {
+            wire.negotiate_with(&restart);
+            // Before the first check has come back.
+            wire.cut = true;
+            wire.settle();
+            wire.cut = false;
+            assert_eq!(wire.a.state(), PeerConnectionState::Connecting);
+        }
+        assert!(wire.a.send(&at_a, sequence));
+        wire.pass(Duration::from_millis(20));
+    }
+    assert_eq!(wire.a.state(), PeerConnectionState::Connected);
+    assert_eq!(wire.b.take_audio(&track), (1..=200).collect::<Vec<_>>());
+}
+
+#[test]
 fn directions_that_were_edited_in_the_text_are_kept() {
     let mut wire = Wire::new();
     let mine = wire.a.add_audio(Direction::Inactive, "");
@@ -1017,6 +1094,7 @@ fn nonsense_is_an_error_or_ignored() {
                         protocol,
                         source,
                         local: wire.a.addr,
+                        arrived: wire.now,
                         bytes: &bytes,
                     };
                     wire.a.session.receive(wire.now, &received);
