@@ -23,7 +23,7 @@ use livekit::{
     prelude::*,
     webrtc::{
         audio_source::{AudioSourceOptions, native::NativeAudioSource},
-        encoded_audio::EncodedAudioStream,
+        encoded_audio::{self, EncodedAudioStream},
     },
 };
 use livekit_api::access_token::{AccessToken, VideoGrants};
@@ -41,13 +41,17 @@ const FRAME: Duration = Duration::from_millis(20);
 /// What speech in Opus takes at 32 kbit/s.
 const PACKET: usize = 80;
 const JOINS: usize = 200;
+/// How often packets are read: as the engine does if it is told nothing, and as the daemon has it for
+/// pages of 40 ms.
+const BEATS_MS: [u64; 2] = [20, 40];
 
 #[tokio::main]
 async fn main() {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let sections: Vec<&str> = arguments.iter().map(String::as_str).collect();
     match sections[..] {
-        ["subscribe", url, key, secret, ref rooms @ ..] => {
+        ["subscribe", url, key, secret, beat, ref rooms @ ..] => {
+            encoded_audio::read_every(Duration::from_millis(beat.parse().expect("a number")));
             return answer(&subscribe(Account { url, key, secret }, rooms).await);
         }
         ["join", url, key, secret, room] => {
@@ -59,11 +63,13 @@ async fn main() {
     let wanted = |name: &str| !named || sections.contains(&name);
     let cores = std::thread::available_parallelism().map_or(0, usize::from);
     println!("{cores} cores; {}", load());
-    if wanted("tracks") {
-        compare("track", &[&[10], &[100]]).await;
-    }
-    if wanted("rooms") {
-        compare("room", &[&[1; 10], &[1; 100]]).await;
+    for beat in BEATS_MS {
+        if wanted("tracks") {
+            compare("track", &[&[10], &[100]], beat).await;
+        }
+        if wanted("rooms") {
+            compare("room", &[&[1; 10], &[1; 100]], beat).await;
+        }
     }
     if wanted("join") {
         joins().await;
@@ -165,11 +171,11 @@ impl Stage {
     }
 
     /// Has a subscriber do it, and returns what it measured.
-    async fn subscriber<T: DeserializeOwned>(&self, what: &str, rooms: &[String]) -> T {
+    async fn subscriber<T: DeserializeOwned>(&self, what: &str, arguments: &[String]) -> T {
         let server = &self.0;
         let output = Command::new(std::env::current_exe().expect("this program"))
             .args([what, &server.url(), server.api_key(), server.api_secret()])
-            .args(rooms)
+            .args(arguments)
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .kill_on_drop(true)
@@ -184,8 +190,9 @@ impl Stage {
 }
 
 /// Two stages of growth; each is the number of speakers in each room.
-async fn compare(unit: &str, stages: &[&[usize]; 2]) {
+async fn compare(unit: &str, stages: &[&[usize]; 2], beat_ms: u64) {
     let stage = Stage::new();
+    println!("packets read every {beat_ms} ms");
     let (url, key, secret) = (stage.0.url(), stage.0.api_key(), stage.0.api_secret());
     let account = Account {
         url: &url,
@@ -207,7 +214,8 @@ async fn compare(unit: &str, stages: &[&[usize]; 2]) {
         let rooms: Vec<_> = (counts.iter().enumerate())
             .map(|(room, count)| format!("{n}-{room}={count}"))
             .collect();
-        let heard: Heard = stage.subscriber("subscribe", &rooms).await;
+        let arguments = [vec![beat_ms.to_string()], rooms].concat();
+        let heard: Heard = stage.subscriber("subscribe", &arguments).await;
         let (rooms, tracks) = (counts.len(), counts.iter().sum::<usize>());
         heard.print(rooms, tracks);
         figures.push((heard, rooms.max(tracks)));
@@ -284,7 +292,7 @@ struct Heard {
     join: Vec<u32>,
     leave: Vec<u32>,
     since_sent: Vec<u32>,
-    since_read: Vec<u32>,
+    since_arrived: Vec<u32>,
 }
 
 impl Heard {
@@ -310,8 +318,8 @@ impl Heard {
             self.since_sent.clone(),
         );
         print(
-            "  read from the socket -> consumer",
-            self.since_read.clone(),
+            "  arrived at the socket -> consumer",
+            self.since_arrived.clone(),
         );
         print("  join (Room::connect), one by one", self.join.clone());
         print("  leave, one by one", self.leave.clone());
@@ -411,7 +419,9 @@ async fn hear(track: RemoteAudioTrack, heard: Arc<Measured>) {
             heard.packets += 1;
             heard.missing += u64::from(frame.missing);
             heard.dropped += dropped - dropped_before;
-            heard.since_read.push(micros(frame.received_at.elapsed()));
+            heard
+                .since_arrived
+                .push(micros(frame.received_at.elapsed()));
             let sent = sent(&frame.payload).expect("a speaker's packet");
             let late = now().saturating_sub(sent);
             heard.since_sent.push(micros(Duration::from_nanos(late)));

@@ -538,6 +538,7 @@ impl Past {
 
 fn stt(config: &SttConfig, gate: Gate) -> Arc<Stt> {
     let stt = Stt::new(Provider::new(config), Settings::new(config), gate);
+    supervisor::read_for_pages(Duration::from_millis(config.page_ms));
     Arc::new(stt.paged_since(supervisor::just_read()))
 }
 

@@ -1130,8 +1130,19 @@ fn speaking(selection: &Selection, info: &ParticipantInfo) -> Vec<String> {
     heard.map(|track| track.sid.clone()).collect()
 }
 
+/// What a packet holds mostly.
+const PACKET: Duration = Duration::from_millis(20);
+
 /// How long all peer connections may take to read what has come, and timers to be exact.
 const READING: Duration = Duration::from_millis(4);
+
+/// Has packets be read as often as pages of this length can do with: if they end with every second
+/// packet, nothing is gained by reading each.
+pub fn read_for_pages(page: Duration) {
+    let two = 2 * PACKET;
+    let whole = page.as_nanos().is_multiple_of(two.as_nanos());
+    encoded_audio::read_every(if whole { two } else { PACKET });
+}
 
 /// A moment at which packets have just been read. So they have at every beat after it.
 pub fn just_read() -> Instant {

@@ -16,6 +16,8 @@ use crate::{
 
 /// Messages kept while nobody listens yet; the oldest go first.
 const MAX_BACKLOG: usize = 256;
+/// The largest message that is taken.
+const MAX_BACKLOG_BYTES: usize = 256 << 10;
 
 #[derive(Clone, Debug)]
 pub struct DataChannelInit {
@@ -157,10 +159,40 @@ pub(crate) struct ChannelInner {
     pub(crate) config: ChannelConfig,
     peer: Weak<Peer>,
     state: Mutex<ChannelState>,
-    backlog: Mutex<VecDeque<(Vec<u8>, bool)>>,
+    backlog: Mutex<Backlog>,
     on_state: Callback<OnStateChange>,
     on_message: Callback<OnMessage>,
     on_buffered: Callback<OnBufferedAmountChange>,
+}
+
+/// Messages that came before there was somebody to take them.
+#[derive(Default)]
+struct Backlog {
+    messages: VecDeque<(Vec<u8>, bool)>,
+    bytes: usize,
+    overflown: bool,
+}
+
+impl Backlog {
+    /// Returns whether it is the first time that others had to make room.
+    fn push(&mut self, data: Vec<u8>, binary: bool) -> bool {
+        let full = |backlog: &Self| {
+            backlog.messages.len() >= MAX_BACKLOG || backlog.bytes + data.len() > MAX_BACKLOG_BYTES
+        };
+        let mut dropped = false;
+        while full(self) && self.pop().is_some() {
+            dropped = true;
+        }
+        self.bytes += data.len();
+        self.messages.push_back((data, binary));
+        dropped && !std::mem::replace(&mut self.overflown, true)
+    }
+
+    fn pop(&mut self) -> Option<(Vec<u8>, bool)> {
+        let message = self.messages.pop_front()?;
+        self.bytes -= message.0.len();
+        Some(message)
+    }
 }
 
 struct ChannelState {
@@ -300,20 +332,15 @@ impl ChannelInner {
         }) {
             return;
         }
-        let mut backlog = self.backlog.lock();
-        if backlog.len() >= MAX_BACKLOG {
-            log::warn!(
-                "data channel {:?}: nobody listens, message dropped",
-                self.config.label
-            );
-            backlog.pop_front();
+        if self.backlog.lock().push(data, binary) {
+            let label = &self.config.label;
+            log::warn!("data channel {label:?}: nobody listens, the oldest messages are dropped");
         }
-        backlog.push_back((data, binary));
     }
 
     pub(crate) fn deliver_backlog(&self) {
         while self.on_message.is_set() {
-            let Some((data, binary)) = self.backlog.lock().pop_front() else {
+            let Some((data, binary)) = self.backlog.lock().pop() else {
                 return;
             };
             self.on_message.call(|callback| {
@@ -330,6 +357,28 @@ impl ChannelInner {
         self.on_state.seal();
         self.on_message.seal();
         self.on_buffered.seal();
-        self.backlog.lock().clear();
+        *self.backlog.lock() = Backlog::default();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_nobody_takes_is_little_and_said_once() {
+        let mut backlog = Backlog::default();
+        for n in 0..2 * MAX_BACKLOG {
+            assert_eq!(backlog.push(vec![n as u8], false), n == MAX_BACKLOG);
+        }
+        assert_eq!(backlog.messages.len(), MAX_BACKLOG);
+        assert!(!backlog.push(vec![0; MAX_BACKLOG_BYTES], true));
+        assert_eq!(
+            (backlog.messages.len(), backlog.bytes),
+            (1, MAX_BACKLOG_BYTES)
+        );
+        assert!(!backlog.push(vec![1], true));
+        assert_eq!(backlog.pop(), Some((vec![1], true)));
+        assert_eq!((backlog.pop(), backlog.bytes), (None, 0));
     }
 }

@@ -7,7 +7,7 @@ use std::{
     pin::Pin,
     sync::Arc,
     task::{Context, Poll},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use tokio_stream::Stream;
@@ -18,8 +18,16 @@ use crate::{audio_track::RtcAudioTrack, queue::Queue};
 /// all tracks of the process. Who looks for packets at moments of its own finds the latest ones
 /// shortly after these.
 #[cfg(feature = "encoded-audio")]
-pub fn beats() -> (Instant, std::time::Duration) {
+pub fn beats() -> (Instant, Duration) {
     crate::engine::beats()
+}
+
+/// Has packets be read every so often (see [`beats`]), 5 to 100 ms, from now on. It is 20 ms at first.
+/// Packets, also those of PCM streams, wait half of it on average; the longer it is, the less a track
+/// costs.
+#[cfg(feature = "encoded-audio")]
+pub fn read_every(period: Duration) {
+    crate::engine::set_beat(period);
 }
 
 /// One Opus packet with what its RTP header said.

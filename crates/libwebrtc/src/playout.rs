@@ -13,7 +13,7 @@ use std::{
 
 use crate::{
     conceal::Concealer,
-    engine::BEAT,
+    engine::beats,
     opus::{self, CLOCK, Decoder, STEP_TICKS},
     resample::Resampler,
 };
@@ -24,8 +24,8 @@ const SLICE: u32 = CLOCK / 100;
 const FIRST_DELAY: i64 = ms(60);
 /// Packets wait for the slowest of these last seconds (once or twice this)...
 const MEMORY: Duration = Duration::from_secs(4);
-/// ...and a bit longer, since what flows is read at beats, and timers are not exact...
-const MARGIN: i64 = ms(BEAT.as_millis() as i64 + 5);
+/// ...and a bit longer than until they are read, since timers are not exact...
+const MARGIN: i64 = ms(5);
 /// ...but not for one that took this much longer than the fastest.
 const MAX_WAIT: i64 = ms(400);
 /// By how much the delay shrinks with each slice, where it is longer than it has to be.
@@ -432,7 +432,8 @@ impl Network {
     }
 
     fn delay(&self) -> i64 {
-        (self.slowest.min(self.fastest + MAX_WAIT) + MARGIN).max(self.floor)
+        let reading = beats().1.as_micros() as i64;
+        (self.slowest.min(self.fastest + MAX_WAIT) + reading + MARGIN).max(self.floor)
     }
 }
 

@@ -179,6 +179,8 @@ pub(crate) struct Wish {
 #[derive(Debug, Default, Clone, Copy)]
 pub(crate) struct Sent {
     pub packets: u64,
+    /// Extended; all packets before it in a row, if there are any.
+    pub last_sequence: u64,
     /// Of payload.
     pub bytes: u64,
     pub level: Option<i8>,
@@ -271,6 +273,7 @@ impl SenderInner {
         };
         state.gap = !sent;
         if sent {
+            state.sent.last_sequence = state.sequence;
             state.sequence += 1;
             state.sent.packets += 1;
             state.sent.bytes += bytes;

@@ -714,7 +714,8 @@ async fn a_full_queue_makes_wait_and_an_empty_one_does_not() {
 #[tokio::test]
 async fn streams_of_what_is_encrypted_or_makes_no_sense_end() {
     use libwebrtc::native::frame_cryptor::{
-        EncryptionAlgorithm, FrameCryptor, KeyDerivationAlgorithm, KeyProvider, KeyProviderOptions,
+        EncryptionAlgorithm, EncryptionState, FrameCryptor, KeyDerivationAlgorithm, KeyProvider,
+        KeyProviderOptions,
     };
     let source = NativeAudioSource::new(AudioSourceOptions::default(), 48_000, 1, 100);
     let (_a, b, local, remote) = one_way(&source, "stereo=0").await;
@@ -740,13 +741,19 @@ async fn streams_of_what_is_encrypted_or_makes_no_sense_end() {
         key_derivation_algorithm: KeyDerivationAlgorithm::PBKDF2,
     });
     let receiver = b.pc.receivers().remove(0);
-    let _cryptor = FrameCryptor::new_for_rtp_receiver(
+    let cryptor = FrameCryptor::new_for_rtp_receiver(
         &PeerConnectionFactory::default(),
         "who".to_owned(),
         EncryptionAlgorithm::AesGcm,
         keys,
         receiver,
     );
+    let (tell, mut told) = mpsc::unbounded_channel();
+    cryptor.on_state_change(Some(Box::new(move |who, state| {
+        let _ = tell.send((who, state));
+    })));
+    let failed = ("who".to_owned(), EncryptionState::DecryptionFailed);
+    assert_eq!(timeout(LIMIT, told.recv()).await.unwrap(), Some(failed));
     capture(&source, &signal::speech(48_000, 48_000, 1)).await;
     assert!(ended(open).await);
     assert!(timeout(LIMIT, packets.next()).await.unwrap().is_none());

@@ -4,7 +4,10 @@ use std::sync::Arc;
 
 use str0m::channel::{ChannelConfig, ChannelData, ChannelId};
 
-use super::session::{Event, Session};
+use super::{
+    faults::Fault,
+    session::{Event, Session},
+};
 use crate::{
     RtcError,
     data_channel::{ChannelInner, DataChannel, DataChannelInit, DataChannelState},
@@ -124,7 +127,8 @@ impl Session {
             }
             Some(channel) => Event::ChannelState(channel.clone(), DataChannelState::Open),
             None if self.channels.len() >= MAX_CHANNELS => {
-                log::warn!("more than {MAX_CHANNELS} data channels: one refused");
+                let detail = format_args!("more than {MAX_CHANNELS} data channels");
+                self.faults.note(Fault::Channel, detail);
                 return rtc.direct_api().close_data_channel(id);
             }
             None => {

@@ -9,6 +9,10 @@ pub(super) enum Fault {
     Datagram,
     /// A datagram that the stack refused.
     Refused,
+    /// RTP of no source that was told of, that came before, or that is damaged.
+    Packet,
+    /// A data channel too many.
+    Channel,
     /// A stream that lost its framing.
     Frame,
     /// A frame that found the queue of its stream full.
@@ -29,8 +33,8 @@ impl Faults {
         let count = &mut self.0[fault as usize];
         *count += 1;
         let level = match (*count, fault) {
-            // Nothing special on a busy or a changing network.
-            (1, Fault::Full | Fault::Unsent) => log::Level::Debug,
+            // Nothing special on a busy or a changing network, or while tracks come and go.
+            (1, Fault::Packet | Fault::Full | Fault::Unsent) => log::Level::Debug,
             (1, _) => log::Level::Info,
             _ => log::Level::Trace,
         };

@@ -36,8 +36,9 @@ use tokio::sync::Notify;
 
 pub(crate) use callback::Callback;
 use network::Network;
+pub(crate) use runtime::beats;
 #[cfg(feature = "encoded-audio")]
-pub(crate) use runtime::{BEAT, beats};
+pub(crate) use runtime::set_beat;
 pub(crate) use session::Session;
 pub(crate) use stats::Of;
 

@@ -13,7 +13,7 @@ use str0m::{
 
 use super::{
     sdp::{self, Section, Shown},
-    session::{Event, Session},
+    session::{Event, MAX_REMOTE_CANDIDATES, Session},
 };
 use crate::{
     MediaType, RtcError,
@@ -158,6 +158,8 @@ impl Session {
         description: SessionDescription,
     ) -> Result<(), RtcError> {
         self.stack()?;
+        let text = sdp::with_few_candidates(description.as_str(), MAX_REMOTE_CANDIDATES);
+        let description = SessionDescription::new(&text, description.sdp_type());
         match description.sdp_type() {
             SdpType::Offer => self.set_remote_offer(description),
             SdpType::Answer => self.set_remote_answer(description),

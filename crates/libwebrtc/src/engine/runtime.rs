@@ -1,6 +1,9 @@
 use std::{
     future::Future,
-    sync::{Arc, LazyLock, OnceLock},
+    sync::{
+        Arc, LazyLock, OnceLock,
+        atomic::{AtomicU64, Ordering},
+    },
     thread,
     time::{Duration, Instant},
 };
@@ -22,9 +25,8 @@ const MAX_BUFFERED: usize = 16 << 20;
 /// More would only wait: even thousands of voices are little work.
 const MAX_THREADS: usize = 4;
 
-/// How often what flows is read: as often as a voice sends, which then waits half of it on average.
-/// Twice as often costs a third more where there are many rooms.
-pub(crate) const BEAT: Duration = Duration::from_millis(20);
+/// How often what flows is read, in milliseconds: as often as a voice sends, if nothing else is wanted.
+static BEAT_MS: AtomicU64 = AtomicU64::new(20);
 
 /// What all peer connections of the process share.
 ///
@@ -39,7 +41,15 @@ pub(super) struct Shared {
 /// The moments at which all peer connections read what flows: every period since an instant.
 pub(crate) fn beats() -> (Instant, Duration) {
     static FIRST: LazyLock<Instant> = LazyLock::new(Instant::now);
-    (*FIRST, BEAT)
+    let period = Duration::from_millis(BEAT_MS.load(Ordering::Relaxed));
+    (*FIRST, period)
+}
+
+/// From 5 to 100 ms.
+#[cfg(feature = "encoded-audio")]
+pub(crate) fn set_beat(period: Duration) {
+    let ms = period.as_millis().clamp(5, 100) as u64;
+    BEAT_MS.store(ms, Ordering::Relaxed);
 }
 
 /// The first of them after `now`.

@@ -1,6 +1,6 @@
 //! The bits of SDP that the stack does not show, or prints otherwise than peers expect.
 
-use std::fmt::Write;
+use std::{borrow::Cow, fmt::Write};
 
 use crate::{
     rtp_receiver::Msid, rtp_sender::Wish, rtp_transceiver::RtpTransceiverDirection as Direction,
@@ -58,6 +58,7 @@ pub(crate) fn sections(sdp: &str) -> Vec<Section<'_>> {
             });
         } else if let Some(ssrc) = line.strip_prefix("a=ssrc:")
             && let Some(Ok(ssrc)) = ssrc.split(' ').next().map(str::parse)
+            && section.ssrcs.len() < MAX_SSRCS
             && !section.ssrcs.contains(&ssrc)
         {
             section.ssrcs.push(ssrc);
@@ -91,6 +92,24 @@ fn wish(parameters: &str) -> Wish {
         }
     }
     wish
+}
+
+/// Of a section, where a peer has two.
+const MAX_SSRCS: usize = 64;
+
+/// The text without the candidates beyond so many, which the stack would take, and compare each with
+/// each.
+pub(super) fn with_few_candidates(sdp: &str, most: usize) -> Cow<'_, str> {
+    if candidates(sdp).nth(most).is_none() {
+        return sdp.into();
+    }
+    let mut seen = 0;
+    let kept = sdp.split_inclusive('\n').filter(|line| {
+        let is_candidate = line.starts_with("a=candidate:");
+        seen += usize::from(is_candidate);
+        !is_candidate || seen <= most
+    });
+    kept.collect::<String>().into()
 }
 
 /// The values of all `a=candidate` lines, from `candidate:` on.
@@ -247,6 +266,22 @@ mod tests {
         a=ssrc:18 cname:x\r\n\
         m=application 9 UDP/DTLS/SCTP webrtc-datachannel\r\n\
         a=mid:2\r\n";
+
+    #[test]
+    fn of_many_candidates_and_sources_few_are_looked_at() {
+        assert!(matches!(with_few_candidates(SDP, 1), Cow::Borrowed(SDP)));
+        let line = "a=candidate:1 1 udp 1 10.0.0.1 7 typ host\r\n";
+        assert_eq!(with_few_candidates(SDP, 0), SDP.replace(line, ""));
+        let many = SDP.replace(line, &line.repeat(9));
+        assert_eq!(with_few_candidates(&many, 1), SDP);
+        let sources: String = (0..1000)
+            .map(|n| format!("a=ssrc:{n} cname:x\r\n"))
+            .collect();
+        assert_eq!(
+            sections(&format!("{SDP}{sources}"))[2].ssrcs.len(),
+            MAX_SSRCS
+        );
+    }
 
     fn msid(stream: &str, track: &str) -> Msid {
         Msid {

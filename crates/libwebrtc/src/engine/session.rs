@@ -47,7 +47,7 @@ const SILENCE: Duration = Duration::from_secs(7);
 /// The remote side closed DTLS: no way back, but its signalling may say why within this time.
 const FAREWELL: Duration = Duration::from_secs(3);
 /// Remote candidates that are looked at; a peer has a handful.
-const MAX_REMOTE_CANDIDATES: usize = 64;
+pub(super) const MAX_REMOTE_CANDIDATES: usize = 64;
 /// Passive ones of TCP that are connected to.
 const MAX_TCP_CANDIDATES: usize = 4;
 /// How long datagrams have for themselves before connections are tried as well. Two lost checks and
@@ -161,7 +161,7 @@ pub(crate) struct Session {
     tcp_since: Option<Instant>,
     /// Connections are in use as well as datagrams.
     streams: bool,
-    faults: Faults,
+    pub(super) faults: Faults,
     /// The time that the stack was told with the packets that wait for a step.
     told: Option<Instant>,
 }
@@ -283,7 +283,10 @@ impl Session {
             }
         }
         if is_rtp {
-            self.drain(now, Until::Packet);
+            // No packet came out of it.
+            if self.drain(now, Until::Packet).is_some() {
+                self.faults.note(Fault::Packet, source);
+            }
         } else {
             // What came of it has to be done now.
             self.told = None;

@@ -9,9 +9,10 @@ use std::{
 
 use str0m::{
     Candidate, CandidateKind,
+    format::Codec,
     media::Mid,
     net::{Protocol, Transmit},
-    stats::{MediaEgressStats, MediaIngressStats, PeerStats},
+    stats::{MediaEgressStats, MediaIngressStats, PeerStats, RemoteIngressStats},
 };
 
 use super::{received::Received, session::Session};
@@ -21,7 +22,7 @@ use crate::{
     opus::CLOCK,
     peer_connection::IceConnectionState,
     rtp_receiver::RtpReceiver,
-    rtp_sender::RtpSender,
+    rtp_sender::{RtpSender, Sent},
     rtp_transceiver::RtpTransceiver,
     stats::{dictionaries as dict, *},
 };
@@ -152,9 +153,11 @@ impl Figures {
         let before = self.egress.remove(&stats.mid);
         let (round_trips, round_trip_time) =
             before.map_or((0, Duration::ZERO), |e| (e.round_trips, e.round_trip_time));
+        // Else it is the one of the report before, once more.
+        let measured = stats.rtt.filter(|_| stats.loss.is_some());
         let egress = Egress {
-            round_trips: round_trips + u64::from(stats.rtt.is_some()),
-            round_trip_time: round_trip_time + stats.rtt.unwrap_or_default(),
+            round_trips: round_trips + u64::from(measured.is_some()),
+            round_trip_time: round_trip_time + measured.unwrap_or_default(),
             last: stats,
         };
         self.egress.insert(egress.last.mid, egress);
@@ -216,7 +219,7 @@ impl Session {
             report.push(RtcStats::Codec(CodecStats {
                 rtc: clock.rtc(CODEC),
                 codec: dict::CodecStats {
-                    payload_type: 111,
+                    payload_type: self.payload_type_of_opus(),
                     transport_id: TRANSPORT.into(),
                     mime_type: "audio/opus".into(),
                     clock_rate: CLOCK,
@@ -230,6 +233,13 @@ impl Session {
             self.report_channels(&clock, &mut report);
         }
         report
+    }
+
+    /// What Opus goes by; 0 after the end.
+    fn payload_type_of_opus(&self) -> u32 {
+        let mut known = self.rtc.iter().flat_map(|rtc| rtc.codec_config().iter());
+        let opus = known.find(|params| params.spec().codec == Codec::Opus);
+        opus.map_or(0, |params| (*params.pt()).into())
     }
 
     fn report_sender(
@@ -273,6 +283,7 @@ impl Session {
             },
             outbound: dict::OutboundRtpStreamStats {
                 mid: mid.to_string(),
+                nack_count: egress.map_or(0, |egress| egress.last.nacks as u32),
                 media_source_id: source_id,
                 remote_id: reported.map_or(String::new(), |_| remote_id.clone()),
                 target_bitrate: sent.target.into(),
@@ -281,14 +292,13 @@ impl Session {
             },
         }));
         if let (Some(egress), Some(reported)) = (egress, reported) {
-            let highest = *reported.maximum_sequence_number;
-            let received = sent.packets.saturating_sub(reported.packets_lost);
+            let (received, lost) = received_there(sent, reported);
             report.push(RtcStats::RemoteInboundRtp(RemoteInboundRtpStats {
                 rtc: clock.rtc(remote_id),
                 stream: stream(ssrc),
                 received: dict::ReceivedRtpStreamStats {
-                    packets_received: if highest == 0 { 0 } else { received },
-                    packets_lost: i64::try_from(reported.packets_lost).unwrap_or(i64::MAX),
+                    packets_received: received,
+                    packets_lost: lost,
                     jitter: f64::from(reported.jitter) / f64::from(CLOCK),
                 },
                 remote_inbound: dict::RemoteInboundRtpStreamStats {
@@ -318,13 +328,11 @@ impl Session {
                 continue;
             }
             let (id, remote_id) = (format!("inbound-{ssrc}"), format!("remote-outbound-{ssrc}"));
-            let sender_report = self
-                .figures
-                .ingress
-                .get(&mid)
-                .and_then(|i| i.remote.as_ref());
+            let ingress = self.figures.ingress.get(&mid);
+            let sender_report = ingress.and_then(|ingress| ingress.remote.as_ref());
             let received = &source.received;
             let mut inbound = inbound(clock, received);
+            inbound.nack_count = ingress.map_or(0, |ingress| ingress.nacks as u32);
             inbound.track_identifier = track.id();
             inbound.mid = mid.to_string();
             inbound.remote_id = sender_report.map_or(String::new(), |_| remote_id.clone());
@@ -393,7 +401,11 @@ impl Session {
                 transport_id: TRANSPORT.into(),
                 local_candidate_id: LOCAL.into(),
                 remote_candidate_id: REMOTE.into(),
-                state: Some(IceCandidatePairState::Succeeded),
+                state: Some(match ice_state {
+                    IceTransportState::Failed => IceCandidatePairState::Failed,
+                    IceTransportState::Checking => IceCandidatePairState::InProgress,
+                    _ => IceCandidatePairState::Succeeded,
+                }),
                 nominated: true,
                 packets_sent: sent.packets,
                 packets_received: received.packets,
@@ -505,6 +517,21 @@ fn stream(ssrc: u32) -> dict::RtpStreamStats {
     }
 }
 
+/// Of what we sent, as the other side last reported it: packets that came, and those that did not, of
+/// which there are fewer than none if some came twice (RFC 3550, 6.4.1).
+fn received_there(sent: Sent, reported: &RemoteIngressStats) -> (u64, i64) {
+    let lost = reported.packets_lost as i64;
+    let lost = if lost < 1 << 23 {
+        lost
+    } else {
+        lost - (1 << 24)
+    };
+    let highest = *reported.maximum_sequence_number;
+    let first = (sent.last_sequence + 1).saturating_sub(sent.packets);
+    let expected = (highest + 1).saturating_sub(first).min(sent.packets);
+    (expected.saturating_add_signed(-lost), lost)
+}
+
 fn seconds(duration: Option<Duration>) -> f64 {
     duration.unwrap_or_default().as_secs_f64()
 }
@@ -514,5 +541,35 @@ fn linear(level: Option<i8>) -> f64 {
     match level {
         None | Some(-127) => 0.0,
         Some(level) => 10_f64.powf(f64::from(level) / 20.0),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_came_there_is_told_as_it_was_reported() {
+        for (packets, last_sequence, highest, lost, expected) in [
+            // Not all that was sent is in the report yet.
+            (100_u64, 30_099_u64, 30_079_u64, 3_u64, (77_u64, 3_i64)),
+            (100, 30_099, 30_099, 0, (100, 0)),
+            // Two came twice.
+            (100, 70_099, 70_099, 0xff_fffe, (102, -2)),
+            // A report on what was before.
+            (5, 30_099, 30_000, 0, (0, 0)),
+        ] {
+            let sent = Sent {
+                packets,
+                last_sequence,
+                ..Sent::default()
+            };
+            let reported = RemoteIngressStats {
+                jitter: 0,
+                maximum_sequence_number: highest.into(),
+                packets_lost: lost,
+            };
+            assert_eq!(received_there(sent, &reported), expected);
+        }
     }
 }

@@ -1,10 +1,11 @@
 //! End-to-end encryption: not supported by this engine. Keys are not kept, a [`FrameCryptor`] keeps
-//! its sender silent or ends its receiver's track, and logs an error, [`DataPacketCryptor`] fails:
-//! nothing goes out in the clear, and nothing encrypted is taken for audio.
+//! its sender silent or ends its receiver's track, logs an error and reports a failure as its state,
+//! [`DataPacketCryptor`] fails: nothing goes out in the clear, and nothing encrypted is taken for audio.
 
 use crate::{
-    native::packet_trailer::PacketTrailerHandler, peer_connection_factory::PeerConnectionFactory,
-    rtp_receiver::RtpReceiver, rtp_sender::RtpSender,
+    engine, native::packet_trailer::PacketTrailerHandler,
+    peer_connection_factory::PeerConnectionFactory, rtp_receiver::RtpReceiver,
+    rtp_sender::RtpSender,
 };
 
 pub type OnStateChange = Box<dyn FnMut(String, EncryptionState) + Send + Sync>;
@@ -95,6 +96,8 @@ impl KeyProvider {
 #[derive(Clone, Debug)]
 pub struct FrameCryptor {
     participant_id: String,
+    /// What became of it.
+    state: EncryptionState,
 }
 
 impl FrameCryptor {
@@ -107,7 +110,11 @@ impl FrameCryptor {
     ) -> Self {
         log::error!("{UNSUPPORTED}: nothing is sent, rather than in the clear");
         sender.bar();
-        Self { participant_id }
+        let state = EncryptionState::EncryptionFailed;
+        Self {
+            participant_id,
+            state,
+        }
     }
 
     pub fn new_for_rtp_receiver(
@@ -119,7 +126,11 @@ impl FrameCryptor {
     ) -> Self {
         log::error!("{UNSUPPORTED}: the track of {participant_id:?} ends here");
         receiver.bar();
-        Self { participant_id }
+        let state = EncryptionState::DecryptionFailed;
+        Self {
+            participant_id,
+            state,
+        }
     }
 
     pub fn set_enabled(&self, _enabled: bool) {}
@@ -138,7 +149,17 @@ impl FrameCryptor {
         self.participant_id.clone()
     }
 
-    pub fn on_state_change(&self, _handler: Option<OnStateChange>) {}
+    /// Called once, on a thread of the engine: encryption or decryption has failed.
+    pub fn on_state_change(&self, handler: Option<OnStateChange>) {
+        let (participant_id, state) = (self.participant_id.clone(), self.state);
+        let told = handler.map(|mut handler| {
+            // Not by the caller, which may hold locks that the handler takes.
+            engine::spawn(async move { handler(participant_id, state) })
+        });
+        if let Some(Err(err)) = told {
+            log::error!("{UNSUPPORTED}, and that can't be told: {err}");
+        }
+    }
 
     pub fn set_packet_trailer_handler(&self, _handler: &PacketTrailerHandler) {}
 }
