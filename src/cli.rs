@@ -559,8 +559,9 @@ fn filter(configured: &str) -> Result<EnvFilter, String> {
 }
 
 fn parsed(name: &str, filter: &str) -> Result<EnvFilter, String> {
-    // Says something of each packet, at level info. Who names it has the last word.
-    let quiet = format!("turn_client_proto=warn,{filter}");
+    // Says something of each packet, and that a permission is under way as an error; what fails, the
+    // engine tells itself. Who names it has the last word.
+    let quiet = format!("turn_client_proto=off,{filter}");
     EnvFilter::try_new(quiet).map_err(|error| format!("{name} is {filter:?}: {error}"))
 }
 
