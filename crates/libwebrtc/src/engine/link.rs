@@ -60,9 +60,8 @@ pub(super) struct Link {
     state: State,
     framing: Framing,
     inbound: Inbound,
+    /// What is not written yet.
     outbound: Vec<u8>,
-    /// So many bytes of `outbound` are written.
-    written: usize,
     flushed: bool,
 }
 
@@ -88,7 +87,6 @@ impl Link {
             framing,
             inbound: Inbound::new(framing),
             outbound: Vec::new(),
-            written: 0,
             flushed: true,
         }
     }
@@ -157,16 +155,23 @@ impl Link {
             return Poll::Ready(Ok(()));
         };
         let mut stream = Pin::new(&mut opened.stream);
-        while self.written < self.outbound.len() {
-            let rest = &self.outbound[self.written..];
-            match ready!(stream.as_mut().poll_write(cx, rest))? {
-                0 => return Poll::Ready(Err(io::ErrorKind::WriteZero.into())),
-                len => self.written += len,
+        let mut written = 0;
+        let result = loop {
+            let rest = &self.outbound[written..];
+            if rest.is_empty() {
+                break Poll::Ready(Ok(()));
+            }
+            match stream.as_mut().poll_write(cx, rest) {
+                Poll::Ready(Ok(0)) => break Poll::Ready(Err(io::ErrorKind::WriteZero.into())),
+                Poll::Ready(Ok(len)) => written += len,
+                Poll::Ready(Err(err)) => break Poll::Ready(Err(err)),
+                Poll::Pending => break Poll::Pending,
             }
             self.flushed = false;
-        }
-        self.outbound.clear();
-        self.written = 0;
+        };
+        // At once, even if more waits: it makes room in the queue.
+        self.outbound.drain(..written);
+        ready!(result)?;
         if !self.flushed {
             ready!(stream.as_mut().poll_flush(cx))?;
             self.flushed = true;
@@ -309,6 +314,28 @@ mod tests {
         }
         assert!(taken > 50);
         assert!(!link.is_idle());
+    }
+
+    #[tokio::test]
+    async fn what_has_left_makes_room_for_more() {
+        const TAKEN: usize = 4 << 10;
+        let (near, _far) = tokio::io::duplex(TAKEN);
+        let addr = "127.0.0.1:9".parse().unwrap();
+        let mut link = Link::open(Vec::new(), Framing::Datagrams, None);
+        link.state = State::Open(Opened {
+            local: addr,
+            remote: addr,
+            stream: Box::new(near),
+        });
+        while link.send(&[0; 1200]) {}
+        let before = link.outbound.len();
+        poll_fn(|cx| {
+            assert!(link.poll(cx).is_pending());
+            Poll::Ready(())
+        })
+        .await;
+        assert_eq!(link.outbound.len(), before - TAKEN);
+        assert!(link.send(&[0; 1200]));
     }
 
     #[tokio::test]
