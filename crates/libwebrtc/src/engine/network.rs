@@ -435,10 +435,10 @@ impl Network {
         self.look_up();
     }
 
-    /// An address may be gone with its network.
+    /// An address may be gone with its network, or a socket lost.
     fn drop_lost_sockets(&mut self) {
         for socket in self.sockets.take_lost() {
-            log::debug!("{} is no address of this machine any more", socket.local);
+            log::debug!("the socket at {} is of no use any more", socket.local);
             self.queries.forget(socket.local);
             self.news
                 .extend(socket.candidates.into_iter().map(News::Withdrawn));
@@ -864,6 +864,23 @@ mod tests {
         assert_eq!(network.news.iter().filter(withdrawn).count(), 2);
         network.reach(now, loopback).await;
         assert!(matches!(network.news.back(), Some(News::Candidate(_))));
+    }
+
+    #[tokio::test]
+    async fn a_lost_socket_is_replaced() {
+        let (mut network, now) = (network(), Instant::now());
+        network.handle(now, NetworkRequest::Gather).await;
+        let before: Vec<_> = network.sockets.locals().collect();
+        assert!(!before.is_empty());
+        network.sockets.lose_handles();
+        network.news.clear();
+        network.handle(now, NetworkRequest::Restart).await;
+        assert_eq!(network.sockets.len(), before.len());
+        let withdrawn = |news: &&News| matches!(news, News::Withdrawn(_));
+        assert_eq!(network.news.iter().filter(withdrawn).count(), before.len());
+        for local in before {
+            assert!(network.sockets.locals().all(|after| after != local));
+        }
     }
 
     /// A server of the configuration is being asked.
