@@ -14,6 +14,7 @@ use rustls::{ClientConfig, RootCertStore, pki_types::ServerName};
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::TcpStream,
+    task::JoinSet,
     time::timeout,
 };
 use tokio_rustls::TlsConnector;
@@ -22,6 +23,8 @@ use super::framing::{Broken, Framing, Inbound};
 
 /// For TCP and TLS together; a join has about 15 s for everything.
 const OPEN_LIMIT: Duration = Duration::from_secs(8);
+/// Before the next address of a server is tried as well (RFC 8305, 5).
+const NEXT_ADDRESS: Duration = Duration::from_millis(250);
 /// Bytes that wait for the network. Sound that is older than this would be is of no use, and the
 /// data channels repeat what gets lost.
 const MAX_QUEUE: usize = 64 << 10;
@@ -66,7 +69,7 @@ pub(super) struct Link {
 }
 
 impl Link {
-    /// Starts to connect to the first of the addresses that can be reached; with `tls`, for that
+    /// Starts to connect to the first of the addresses that answers; with `tls`, for that
     /// host name or address.
     pub(super) fn open(
         remotes: Vec<SocketAddr>,
@@ -74,13 +77,14 @@ impl Link {
         tls: Option<(Arc<ClientConfig>, String)>,
     ) -> Self {
         let opening = async move {
-            let open = connect(remotes, tls);
-            timeout(OPEN_LIMIT, open).await.unwrap_or_else(|_| {
-                Err(io::Error::new(
-                    io::ErrorKind::TimedOut,
-                    "no connection in time",
-                ))
-            })
+            timeout(OPEN_LIMIT, connect_to_any(remotes, tls))
+                .await
+                .unwrap_or_else(|_| {
+                    Err(io::Error::new(
+                        io::ErrorKind::TimedOut,
+                        "no connection in time",
+                    ))
+                })
         };
         Self {
             state: State::Opening(Box::pin(opening)),
@@ -195,11 +199,40 @@ impl Link {
     }
 }
 
-async fn connect(
+/// The attempts overlap: an address that swallows everything, of a family without a way for one,
+/// must not use up the time for the others.
+async fn connect_to_any(
     remotes: Vec<SocketAddr>,
     tls: Option<(Arc<ClientConfig>, String)>,
 ) -> io::Result<Opened> {
-    let stream = TcpStream::connect(&remotes[..]).await?;
+    let mut attempts = JoinSet::new();
+    let mut failure = io::Error::new(io::ErrorKind::InvalidInput, "no address");
+    let mut remotes = remotes.into_iter();
+    loop {
+        let wait = match remotes.next() {
+            Some(remote) => {
+                attempts.spawn(connect(remote, tls.clone()));
+                NEXT_ADDRESS
+            }
+            None => OPEN_LIMIT,
+        };
+        match timeout(wait, attempts.join_next()).await {
+            Ok(Some(done)) => match done.map_err(io::Error::from).flatten() {
+                Ok(opened) => return Ok(opened),
+                Err(err) => failure = err,
+            },
+            // All have failed.
+            Ok(None) => return Err(failure),
+            Err(_) => {}
+        }
+    }
+}
+
+async fn connect(
+    remote: SocketAddr,
+    tls: Option<(Arc<ClientConfig>, String)>,
+) -> io::Result<Opened> {
+    let stream = TcpStream::connect(remote).await?;
     // Every message is wanted at once.
     stream.set_nodelay(true)?;
     let (local, remote) = (stream.local_addr()?, stream.peer_addr()?);
@@ -336,6 +369,25 @@ mod tests {
         .await;
         assert_eq!(link.outbound.len(), before - TAKEN);
         assert!(link.send(&[0; 1200]));
+    }
+
+    #[tokio::test]
+    async fn an_address_that_swallows_everything_does_not_stand_before_the_next() {
+        let full = tokio::net::TcpSocket::new_v4().unwrap();
+        full.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+        let full = full.listen(1).unwrap();
+        let hole = full.local_addr().unwrap();
+        // With nobody to accept them, further ones are not even refused.
+        let mut waiting = Vec::new();
+        while let Ok(stream) = timeout(Duration::from_secs(1), TcpStream::connect(hole)).await {
+            waiting.push(stream.unwrap());
+        }
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let good = listener.local_addr().unwrap();
+        let mut link = Link::open(vec![hole, hole, good], Framing::Turn, None);
+        let event = poll_fn(|cx| link.poll(cx)).await;
+        assert!(matches!(event, LinkEvent::Opened { .. }), "{event:?}");
+        assert_eq!(link.addresses().unwrap().1, good);
     }
 
     #[tokio::test]
