@@ -110,6 +110,8 @@ pub(super) struct Network {
     relay_candidates: Vec<Candidate>,
     queries: Queries,
     lookups: Vec<Lookup>,
+    /// URLs and addresses of the servers that say how a socket looks, as far as they are known.
+    found: Vec<(String, SocketAddr)>,
 
     news: VecDeque<News>,
     faults: Faults,
@@ -134,6 +136,7 @@ impl Network {
             relay_candidates: Vec::new(),
             queries: Queries::default(),
             lookups: Vec::new(),
+            found: Vec::new(),
             news: VecDeque::new(),
             faults: Faults::default(),
             wrapped: Vec::new(),
@@ -406,6 +409,7 @@ impl Network {
 
     fn configure(&mut self, config: &RtcConfiguration) {
         (self.servers, self.refused) = servers::servers(&config.ice_servers);
+        self.found.clear();
         self.policy = config.ice_transport_type;
         // What must not be used any more.
         let policy = self.policy;
@@ -488,16 +492,9 @@ impl Network {
             Ok(candidate) => self.add_candidate(local, candidate),
             Err(err) => log::debug!("{local} is no candidate: {err}"),
         }
-        // Servers that were asked before are asked from this one too.
-        if self.gathering && self.policy != IceTransportsType::Relay {
-            for relay in &self.relays {
-                let (url, remote) = (&relay.server().url, relay.remote());
-                if relay.server().target.transport == Transport::Udp
-                    && remote.is_ipv4() == local.is_ipv4()
-                {
-                    self.queries.ask(now, local, remote, url);
-                }
-            }
+        // Servers that were found before are asked from this one too.
+        for (url, server) in self.found.clone() {
+            self.ask_from(now, local, server, &url);
         }
         Some(local)
     }
@@ -560,20 +557,25 @@ impl Network {
         let Some(local) = self.open(now, ip, Some(remote.ip())).await else {
             return;
         };
-        if self.policy != IceTransportsType::Relay {
-            for local in self.sockets.locals() {
-                // Through loopback nothing is learnt about the world, and the other way round.
-                let same = local.is_ipv4() == remote.is_ipv4()
-                    && local.ip().is_loopback() == remote.ip().is_loopback();
-                if same {
-                    self.queries.ask(now, local, remote, &server.url);
-                }
-            }
+        self.found.retain(|(url, _)| *url != server.url);
+        self.found.push((server.url.clone(), remote));
+        for local in self.sockets.locals().collect::<Vec<_>>() {
+            self.ask_from(now, local, remote, &server.url);
         }
         let known = self.relays.iter().any(|relay| *relay.server() == server);
         if server.target.relay && !known {
             self.relays
                 .push(Relay::new(now, server, false, local, remote));
+        }
+    }
+
+    /// Asks a server how a socket looks, if it may have something to say about it.
+    fn ask_from(&mut self, now: Instant, local: SocketAddr, server: SocketAddr, url: &str) {
+        // Through loopback nothing is learnt about the world, and the other way round.
+        let same = local.is_ipv4() == server.is_ipv4()
+            && local.ip().is_loopback() == server.ip().is_loopback();
+        if same && self.policy != IceTransportsType::Relay {
+            self.queries.ask(now, local, server, url);
         }
     }
 
@@ -899,6 +901,33 @@ mod tests {
             ice_transport_type: policy,
             ..RtcConfiguration::default()
         }
+    }
+
+    /// A server of ours on that address, which the caller plays.
+    fn played(ip: &str) -> (StdUdpSocket, SocketAddr) {
+        let socket = StdUdpSocket::bind((ip, 0)).unwrap();
+        socket
+            .set_read_timeout(Some(Duration::from_secs(30)))
+            .unwrap();
+        let addr = socket.local_addr().unwrap();
+        (socket, addr)
+    }
+
+    #[tokio::test]
+    async fn a_socket_that_is_opened_later_is_told_how_it_looks_too() {
+        let config = with_server("stun:127.0.0.1", IceTransportsType::All);
+        let (mut network, now) = (Network::new(&config, None), Instant::now());
+        let (server, addr) = played("127.0.0.1");
+        let stun = network.servers[0].clone();
+        network.on_lookup(now, stun, Ok(vec![addr])).await;
+        network.poll(now);
+        let later = Ipv4Addr::new(127, 0, 0, 2).into();
+        let later = network.open(now, later, None).await.unwrap();
+        network.poll(now);
+        let mut buffer = [0; 64];
+        let (_, first) = server.recv_from(&mut buffer).unwrap();
+        assert_ne!(first, later);
+        assert_eq!(server.recv_from(&mut buffer).unwrap().1, later);
     }
 
     #[tokio::test]
