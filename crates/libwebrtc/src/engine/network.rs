@@ -546,26 +546,44 @@ impl Network {
         }
     }
 
-    /// A server that is asked by datagrams: for our address from each socket, and for a relay.
+    /// A server that is asked by datagrams: for our address from each socket, and for a relay. By
+    /// an address of each family, as the way to one may be none.
     async fn ask_server(&mut self, now: Instant, server: Server, addresses: &[SocketAddr]) {
-        let reachable = addresses
+        let routed = |remote: &SocketAddr| Some((*remote, interfaces::towards(remote.ip()).ok()?));
+        let (v4, v6): (Vec<_>, Vec<_>) = addresses
             .iter()
-            .find_map(|remote| Some((*remote, interfaces::towards(remote.ip()).ok()?)));
-        let Some((remote, ip)) = reachable else {
+            .filter_map(routed)
+            .partition(|(remote, _)| remote.is_ipv4());
+        if v4.is_empty() && v6.is_empty() {
             return self.report(None, &server.url, UNREACHABLE, "no route to the server");
-        };
+        }
+        self.found.retain(|(url, _)| *url != server.url);
+        for (remote, ip) in v4.first().into_iter().chain(v6.first()) {
+            self.ask_server_at(now, &server, *remote, *ip).await;
+        }
+    }
+
+    async fn ask_server_at(
+        &mut self,
+        now: Instant,
+        server: &Server,
+        remote: SocketAddr,
+        ip: IpAddr,
+    ) {
         let Some(local) = self.open(now, ip, Some(remote.ip())).await else {
             return;
         };
-        self.found.retain(|(url, _)| *url != server.url);
         self.found.push((server.url.clone(), remote));
         for local in self.sockets.locals().collect::<Vec<_>>() {
             self.ask_from(now, local, remote, &server.url);
         }
-        let known = self.relays.iter().any(|relay| *relay.server() == server);
+        let known = self
+            .relays
+            .iter()
+            .any(|relay| relay.server() == server && relay.local().is_ipv4() == local.is_ipv4());
         if server.target.relay && !known {
-            self.relays
-                .push(Relay::new(now, server, false, local, remote));
+            let relay = Relay::new(now, server.clone(), false, local, remote);
+            self.relays.push(relay);
         }
     }
 
@@ -928,6 +946,28 @@ mod tests {
         let (_, first) = server.recv_from(&mut buffer).unwrap();
         assert_ne!(first, later);
         assert_eq!(server.recv_from(&mut buffer).unwrap().1, later);
+    }
+
+    #[tokio::test]
+    async fn a_server_with_addresses_of_both_families_is_asked_at_both() {
+        let config = with_server("turn:localhost", IceTransportsType::All);
+        let (mut network, now) = (Network::new(&config, None), Instant::now());
+        let ends = [played("::1"), played("127.0.0.1")];
+        let server = network.servers[0].clone();
+        for _ in 0..2 {
+            let addresses = ends.iter().map(|(_, addr)| *addr).collect();
+            network.on_lookup(now, server.clone(), Ok(addresses)).await;
+        }
+        network.poll(now);
+        let mut buffer = [0; 256];
+        for (end, addr) in &ends {
+            // How the socket looks, and a relay.
+            for _ in 0..2 {
+                let (_, source) = end.recv_from(&mut buffer).unwrap();
+                assert_eq!(source.ip(), addr.ip());
+            }
+        }
+        assert_eq!(network.relays.len(), 2);
     }
 
     #[tokio::test]
