@@ -409,6 +409,8 @@ impl Network {
 
     fn configure(&mut self, config: &RtcConfiguration) {
         (self.servers, self.refused) = servers::servers(&config.ice_servers);
+        // Asked anew, maybe with other credentials.
+        self.lookups.clear();
         self.found.clear();
         self.policy = config.ice_transport_type;
         // What must not be used any more.
@@ -522,8 +524,11 @@ impl Network {
             let target = &server.target;
             let due = target.transport == Transport::Udp || streams;
             let useful = target.relay || self.policy != IceTransportsType::Relay;
-            let in_use = self.lookups.iter().any(|lookup| lookup.server == *server)
-                || self.links.leads_to(server);
+            let in_use = self
+                .lookups
+                .iter()
+                .any(|lookup| lookup.server.url == server.url)
+                || self.links.leads_to(&server.url);
             if !due || !useful || in_use {
                 continue;
             }
@@ -577,10 +582,12 @@ impl Network {
         for local in self.sockets.locals().collect::<Vec<_>>() {
             self.ask_from(now, local, remote, &server.url);
         }
-        let known = self
-            .relays
-            .iter()
-            .any(|relay| relay.server() == server && relay.local().is_ipv4() == local.is_ipv4());
+        // A socket has one allocation on a server. Other credentials don't replace it: what runs
+        // over it goes on as long as the server lets it.
+        let known = self.relays.iter().any(|relay| {
+            let same = relay.remote() == remote || relay.server().url == server.url;
+            same && relay.local() == local
+        });
         if server.target.relay && !known {
             let relay = Relay::new(now, server.clone(), false, local, remote);
             self.relays.push(relay);
@@ -688,13 +695,19 @@ impl Network {
                     code,
                     text,
                 }) => {
-                    let url = self.relays[index].server().url.clone();
+                    let server = self.relays[index].server().clone();
                     if let Some(relayed) = relayed {
                         self.withdraw_relayed(relayed);
                     }
-                    self.report(Some(local), &url, code, &text);
+                    self.report(Some(local), &server.url, code, &text);
                     if stream {
                         self.links.remove_from(local);
+                    }
+                    // Now other credentials are due, if some have come meanwhile.
+                    let mut servers = self.servers.iter();
+                    let current = servers.find(|current| current.url == server.url);
+                    if current.is_some_and(|current| *current != server) {
+                        self.look_up();
                     }
                     return;
                 }
@@ -968,6 +981,49 @@ mod tests {
             }
         }
         assert_eq!(network.relays.len(), 2);
+    }
+
+    /// The passwords of the relays, when what is being looked up has led to one.
+    async fn passwords(network: &mut Network, now: Instant, addr: SocketAddr) -> Vec<String> {
+        for lookup in std::mem::take(&mut network.lookups) {
+            network.on_lookup(now, lookup.server, Ok(vec![addr])).await;
+        }
+        while network.links.is_calling() {
+            if let Ready::Link(index, event) = network.ready().await {
+                network.on_link(now, index, event, |_| {});
+            }
+        }
+        let servers = network.relays.iter().map(Relay::server);
+        servers.map(|server| server.password.clone()).collect()
+    }
+
+    #[tokio::test]
+    async fn other_credentials_are_used_when_the_allocation_is_over() {
+        for url in ["turn:127.0.0.1", "turn:127.0.0.1?transport=tcp"] {
+            let config = |password: &str| {
+                let mut config = with_server(url, IceTransportsType::Relay);
+                config.ice_servers[0].password = password.to_owned();
+                config
+            };
+            // Never answers.
+            let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+            let addr = listener.local_addr().unwrap();
+            let (mut network, mut now) = (Network::new(&config("old"), None), Instant::now());
+            network.handle(now, NetworkRequest::Gather).await;
+            assert_eq!(passwords(&mut network, now, addr).await, ["old"]);
+            for _ in 0..2 {
+                let request = NetworkRequest::Configure(config("new"));
+                network.handle(now, request).await;
+                assert_eq!(passwords(&mut network, now, addr).await, ["old"], "{url}");
+            }
+            for after in [&["new"][..], &[]] {
+                while !network.relays.is_empty() {
+                    now += Duration::from_secs(1);
+                    network.poll(now);
+                }
+                assert_eq!(passwords(&mut network, now, addr).await, after, "{url}");
+            }
+        }
     }
 
     #[tokio::test]

@@ -691,9 +691,12 @@ impl TurnLoop {
 
 async fn through_a_relay(url: impl Fn(&TurnEnd) -> String) {
     let turn = TurnEnd::new().await;
-    let mut config = servers(&[&url(&turn)], PASSWORD);
-    config.ice_transport_type = IceTransportsType::Relay;
-    let (mut a, mut b) = (End::with(config, Some(turn.trust.clone())), End::new());
+    let config = |password| RtcConfiguration {
+        ice_transport_type: IceTransportsType::Relay,
+        ..servers(&[&url(&turn)], password)
+    };
+    let trust = Some(turn.trust.clone());
+    let (mut a, mut b) = (End::with(config(PASSWORD), trust), End::new());
     let mine = negotiate_with_channel(&a, &b).await;
     let at_b = local_on(&mut b, LOCALHOST).await;
     let line = next(&mut a.candidates).await.candidate();
@@ -705,6 +708,10 @@ async fn through_a_relay(url: impl Fn(&TurnEnd) -> String) {
     talk(&mine, &mut b).await;
     let relayed = turn.relayed.load(Ordering::Relaxed);
     assert!(relayed > 20, "{relayed} datagrams through the relay");
+    // As at every resumption: other credentials, here even wrong ones.
+    a.pc.set_configuration(config("other")).unwrap();
+    talk(&channel(&a), &mut b).await;
+    assert!(a.errors.try_recv().is_err());
     turn.has_allocations(1).await;
     assert!(a.candidates.try_recv().is_err(), "one candidate only");
     a.pc.close();
