@@ -453,8 +453,8 @@ impl Network {
                 .relays
                 .extract_if(.., |relay| relay.local() == socket.local)
                 .collect();
-            for relayed in relays.iter().filter_map(Relay::relayed) {
-                self.withdraw_relayed(relayed);
+            for relayed in relays.iter().flat_map(Relay::relayed) {
+                self.withdraw_relayed(*relayed);
             }
         }
     }
@@ -589,7 +589,7 @@ impl Network {
             same && relay.local() == local
         });
         if server.target.relay && !known {
-            let relay = Relay::new(now, server.clone(), false, local, remote);
+            let relay = Relay::new(now, server.clone(), local, remote);
             self.relays.push(relay);
         }
     }
@@ -628,7 +628,7 @@ impl Network {
     fn on_link_open(&mut self, now: Instant, index: usize, local: SocketAddr, remote: SocketAddr) {
         match self.links.get_mut(index).1 {
             Role::Relay(server) => {
-                let relay = Relay::new(now, server.clone(), true, local, remote);
+                let relay = Relay::new(now, server.clone(), local, remote);
                 self.relays.push(relay);
             }
             Role::Peer(dialled) => {
@@ -658,8 +658,8 @@ impl Network {
             Role::Relay(server) => {
                 let on_link = |relay: &mut Relay| *relay.server() == server;
                 let lost: Vec<_> = self.relays.extract_if(.., on_link).collect();
-                for relayed in lost.iter().filter_map(Relay::relayed) {
-                    self.withdraw_relayed(relayed);
+                for relayed in lost.iter().flat_map(Relay::relayed) {
+                    self.withdraw_relayed(*relayed);
                 }
                 self.report(None, &server.url, UNREACHABLE, &err.to_string());
             }
@@ -696,7 +696,7 @@ impl Network {
                     text,
                 }) => {
                     let server = self.relays[index].server().clone();
-                    if let Some(relayed) = relayed {
+                    for relayed in relayed {
                         self.withdraw_relayed(relayed);
                     }
                     self.report(Some(local), &server.url, code, &text);
@@ -716,7 +716,7 @@ impl Network {
     }
 
     fn send_relayed(&mut self, now: Instant, from: SocketAddr, to: SocketAddr, bytes: &[u8]) {
-        let from_it = |relay: &&mut Relay| relay.relayed() == Some(from);
+        let from_it = |relay: &&mut Relay| relay.relayed().contains(&from);
         let Some(relay) = self.relays.iter_mut().find(from_it) else {
             return;
         };
@@ -754,7 +754,7 @@ impl Network {
     fn is_settled(&self) -> bool {
         self.lookups.is_empty()
             && self.queries.is_empty()
-            && self.relays.iter().all(|relay| relay.relayed().is_some())
+            && self.relays.iter().all(|relay| !relay.relayed().is_empty())
             && !self.links.is_calling()
     }
 
@@ -801,17 +801,14 @@ fn from_relay(
     bytes: &[u8],
     deliver: impl FnOnce(Received),
 ) {
-    let relayed = relay.relayed();
-    let incoming = relay.receive(now, bytes, |source, bytes| {
-        if let Some(local) = relayed {
-            deliver(Received {
-                protocol: Protocol::Udp,
-                source,
-                local,
-                arrived,
-                bytes,
-            });
-        }
+    let incoming = relay.receive(now, bytes, |source, local, bytes| {
+        deliver(Received {
+            protocol: Protocol::Udp,
+            source,
+            local,
+            arrived,
+            bytes,
+        });
     });
     if incoming == Incoming::Senseless {
         faults.note(Fault::Turn, relay.remote());
