@@ -213,6 +213,7 @@ impl Relay {
             match event {
                 TurnEvent::AllocationCreated(_, relayed) => {
                     self.relayed.push(relayed);
+                    self.refusal = None;
                     return Some(RelayEvent::Allocated(relayed));
                 }
                 // The client closes when there is none of the other family either.
@@ -680,7 +681,7 @@ mod tests {
         world.until(Duration::from_secs(3600), |world| world.relay.is_over());
         assert!(matches!(
             &world.events[..],
-            [_, RelayEvent::Failed { relayed: gone, .. }] if *gone == relayed
+            [_, RelayEvent::Failed { relayed: gone, code: UNREACHABLE, .. }] if *gone == relayed
         ));
     }
 
