@@ -14,6 +14,7 @@ use rustls::{ClientConfig, RootCertStore, pki_types::ServerName};
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::TcpStream,
+    task::JoinSet,
     time::timeout,
 };
 use tokio_rustls::TlsConnector;
@@ -22,6 +23,8 @@ use super::framing::{Broken, Framing, Inbound};
 
 /// For TCP and TLS together; a join has about 15 s for everything.
 const OPEN_LIMIT: Duration = Duration::from_secs(8);
+/// Before the next address of a server is tried as well (RFC 8305, 5).
+const NEXT_ADDRESS: Duration = Duration::from_millis(250);
 /// Bytes that wait for the network. Sound that is older than this would be is of no use, and the
 /// data channels repeat what gets lost.
 const MAX_QUEUE: usize = 64 << 10;
@@ -60,14 +63,13 @@ pub(super) struct Link {
     state: State,
     framing: Framing,
     inbound: Inbound,
+    /// What is not written yet.
     outbound: Vec<u8>,
-    /// So many bytes of `outbound` are written.
-    written: usize,
     flushed: bool,
 }
 
 impl Link {
-    /// Starts to connect to the first of the addresses that can be reached; with `tls`, for that
+    /// Starts to connect to the first of the addresses that answers; with `tls`, for that
     /// host name or address.
     pub(super) fn open(
         remotes: Vec<SocketAddr>,
@@ -75,20 +77,20 @@ impl Link {
         tls: Option<(Arc<ClientConfig>, String)>,
     ) -> Self {
         let opening = async move {
-            let open = connect(remotes, tls);
-            timeout(OPEN_LIMIT, open).await.unwrap_or_else(|_| {
-                Err(io::Error::new(
-                    io::ErrorKind::TimedOut,
-                    "no connection in time",
-                ))
-            })
+            timeout(OPEN_LIMIT, connect_to_any(remotes, tls))
+                .await
+                .unwrap_or_else(|_| {
+                    Err(io::Error::new(
+                        io::ErrorKind::TimedOut,
+                        "no connection in time",
+                    ))
+                })
         };
         Self {
             state: State::Opening(Box::pin(opening)),
             framing,
             inbound: Inbound::new(framing),
             outbound: Vec::new(),
-            written: 0,
             flushed: true,
         }
     }
@@ -157,16 +159,23 @@ impl Link {
             return Poll::Ready(Ok(()));
         };
         let mut stream = Pin::new(&mut opened.stream);
-        while self.written < self.outbound.len() {
-            let rest = &self.outbound[self.written..];
-            match ready!(stream.as_mut().poll_write(cx, rest))? {
-                0 => return Poll::Ready(Err(io::ErrorKind::WriteZero.into())),
-                len => self.written += len,
+        let mut written = 0;
+        let result = loop {
+            let rest = &self.outbound[written..];
+            if rest.is_empty() {
+                break Poll::Ready(Ok(()));
+            }
+            match stream.as_mut().poll_write(cx, rest) {
+                Poll::Ready(Ok(0)) => break Poll::Ready(Err(io::ErrorKind::WriteZero.into())),
+                Poll::Ready(Ok(len)) => written += len,
+                Poll::Ready(Err(err)) => break Poll::Ready(Err(err)),
+                Poll::Pending => break Poll::Pending,
             }
             self.flushed = false;
-        }
-        self.outbound.clear();
-        self.written = 0;
+        };
+        // At once, even if more waits: it makes room in the queue.
+        self.outbound.drain(..written);
+        ready!(result)?;
         if !self.flushed {
             ready!(stream.as_mut().poll_flush(cx))?;
             self.flushed = true;
@@ -190,11 +199,40 @@ impl Link {
     }
 }
 
-async fn connect(
+/// The attempts overlap: an address that swallows everything, of a family without a way for one,
+/// must not use up the time for the others.
+async fn connect_to_any(
     remotes: Vec<SocketAddr>,
     tls: Option<(Arc<ClientConfig>, String)>,
 ) -> io::Result<Opened> {
-    let stream = TcpStream::connect(&remotes[..]).await?;
+    let mut attempts = JoinSet::new();
+    let mut failure = io::Error::new(io::ErrorKind::InvalidInput, "no address");
+    let mut remotes = remotes.into_iter();
+    loop {
+        let wait = match remotes.next() {
+            Some(remote) => {
+                attempts.spawn(connect(remote, tls.clone()));
+                NEXT_ADDRESS
+            }
+            None => OPEN_LIMIT,
+        };
+        match timeout(wait, attempts.join_next()).await {
+            Ok(Some(done)) => match done.map_err(io::Error::from).flatten() {
+                Ok(opened) => return Ok(opened),
+                Err(err) => failure = err,
+            },
+            // All have failed.
+            Ok(None) => return Err(failure),
+            Err(_) => {}
+        }
+    }
+}
+
+async fn connect(
+    remote: SocketAddr,
+    tls: Option<(Arc<ClientConfig>, String)>,
+) -> io::Result<Opened> {
+    let stream = TcpStream::connect(remote).await?;
     // Every message is wanted at once.
     stream.set_nodelay(true)?;
     let (local, remote) = (stream.local_addr()?, stream.peer_addr()?);
@@ -309,6 +347,47 @@ mod tests {
         }
         assert!(taken > 50);
         assert!(!link.is_idle());
+    }
+
+    #[tokio::test]
+    async fn what_has_left_makes_room_for_more() {
+        const TAKEN: usize = 4 << 10;
+        let (near, _far) = tokio::io::duplex(TAKEN);
+        let addr = "127.0.0.1:9".parse().unwrap();
+        let mut link = Link::open(Vec::new(), Framing::Datagrams, None);
+        link.state = State::Open(Opened {
+            local: addr,
+            remote: addr,
+            stream: Box::new(near),
+        });
+        while link.send(&[0; 1200]) {}
+        let before = link.outbound.len();
+        poll_fn(|cx| {
+            assert!(link.poll(cx).is_pending());
+            Poll::Ready(())
+        })
+        .await;
+        assert_eq!(link.outbound.len(), before - TAKEN);
+        assert!(link.send(&[0; 1200]));
+    }
+
+    #[tokio::test]
+    async fn an_address_that_swallows_everything_does_not_stand_before_the_next() {
+        let full = tokio::net::TcpSocket::new_v4().unwrap();
+        full.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+        let full = full.listen(1).unwrap();
+        let hole = full.local_addr().unwrap();
+        // With nobody to accept them, further ones are not even refused.
+        let mut waiting = Vec::new();
+        while let Ok(stream) = timeout(Duration::from_secs(1), TcpStream::connect(hole)).await {
+            waiting.push(stream.unwrap());
+        }
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let good = listener.local_addr().unwrap();
+        let mut link = Link::open(vec![hole, hole, good], Framing::Turn, None);
+        let event = poll_fn(|cx| link.poll(cx)).await;
+        assert!(matches!(event, LinkEvent::Opened { .. }), "{event:?}");
+        assert_eq!(link.addresses().unwrap().1, good);
     }
 
     #[tokio::test]

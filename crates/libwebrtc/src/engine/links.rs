@@ -84,8 +84,9 @@ impl Links {
         room
     }
 
-    pub(super) fn leads_to(&self, server: &Server) -> bool {
-        let leads = |(_, role): &(Link, Role)| matches!(role, Role::Relay(to) if to == server);
+    /// To that server, with whichever credentials.
+    pub(super) fn leads_to(&self, url: &str) -> bool {
+        let leads = |(_, role): &(Link, Role)| matches!(role, Role::Relay(to) if to.url == url);
         self.0.iter().any(leads)
     }
 

@@ -110,6 +110,8 @@ pub(super) struct Network {
     relay_candidates: Vec<Candidate>,
     queries: Queries,
     lookups: Vec<Lookup>,
+    /// URLs and addresses of the servers that say how a socket looks, as far as they are known.
+    found: Vec<(String, SocketAddr)>,
 
     news: VecDeque<News>,
     faults: Faults,
@@ -134,6 +136,7 @@ impl Network {
             relay_candidates: Vec::new(),
             queries: Queries::default(),
             lookups: Vec::new(),
+            found: Vec::new(),
             news: VecDeque::new(),
             faults: Faults::default(),
             wrapped: Vec::new(),
@@ -406,6 +409,9 @@ impl Network {
 
     fn configure(&mut self, config: &RtcConfiguration) {
         (self.servers, self.refused) = servers::servers(&config.ice_servers);
+        // Asked anew, maybe with other credentials.
+        self.lookups.clear();
+        self.found.clear();
         self.policy = config.ice_transport_type;
         // What must not be used any more.
         let policy = self.policy;
@@ -435,10 +441,10 @@ impl Network {
         self.look_up();
     }
 
-    /// An address may be gone with its network.
+    /// An address may be gone with its network, or a socket lost.
     fn drop_lost_sockets(&mut self) {
         for socket in self.sockets.take_lost() {
-            log::debug!("{} is no address of this machine any more", socket.local);
+            log::debug!("the socket at {} is of no use any more", socket.local);
             self.queries.forget(socket.local);
             self.news
                 .extend(socket.candidates.into_iter().map(News::Withdrawn));
@@ -447,8 +453,8 @@ impl Network {
                 .relays
                 .extract_if(.., |relay| relay.local() == socket.local)
                 .collect();
-            for relayed in relays.iter().filter_map(Relay::relayed) {
-                self.withdraw_relayed(relayed);
+            for relayed in relays.iter().flat_map(Relay::relayed) {
+                self.withdraw_relayed(*relayed);
             }
         }
     }
@@ -488,16 +494,9 @@ impl Network {
             Ok(candidate) => self.add_candidate(local, candidate),
             Err(err) => log::debug!("{local} is no candidate: {err}"),
         }
-        // Servers that were asked before are asked from this one too.
-        if self.gathering && self.policy != IceTransportsType::Relay {
-            for relay in &self.relays {
-                let (url, remote) = (&relay.server().url, relay.remote());
-                if relay.server().target.transport == Transport::Udp
-                    && remote.is_ipv4() == local.is_ipv4()
-                {
-                    self.queries.ask(now, local, remote, url);
-                }
-            }
+        // Servers that were found before are asked from this one too.
+        for (url, server) in self.found.clone() {
+            self.ask_from(now, local, server, &url);
         }
         Some(local)
     }
@@ -525,8 +524,11 @@ impl Network {
             let target = &server.target;
             let due = target.transport == Transport::Udp || streams;
             let useful = target.relay || self.policy != IceTransportsType::Relay;
-            let in_use = self.lookups.iter().any(|lookup| lookup.server == *server)
-                || self.links.leads_to(server);
+            let in_use = self
+                .lookups
+                .iter()
+                .any(|lookup| lookup.server.url == server.url)
+                || self.links.leads_to(&server.url);
             if !due || !useful || in_use {
                 continue;
             }
@@ -549,31 +551,56 @@ impl Network {
         }
     }
 
-    /// A server that is asked by datagrams: for our address from each socket, and for a relay.
+    /// A server that is asked by datagrams: for our address from each socket, and for a relay. By
+    /// an address of each family, as the way to one may be none.
     async fn ask_server(&mut self, now: Instant, server: Server, addresses: &[SocketAddr]) {
-        let reachable = addresses
+        let routed = |remote: &SocketAddr| Some((*remote, interfaces::towards(remote.ip()).ok()?));
+        let (v4, v6): (Vec<_>, Vec<_>) = addresses
             .iter()
-            .find_map(|remote| Some((*remote, interfaces::towards(remote.ip()).ok()?)));
-        let Some((remote, ip)) = reachable else {
+            .filter_map(routed)
+            .partition(|(remote, _)| remote.is_ipv4());
+        if v4.is_empty() && v6.is_empty() {
             return self.report(None, &server.url, UNREACHABLE, "no route to the server");
-        };
+        }
+        self.found.retain(|(url, _)| *url != server.url);
+        for (remote, ip) in v4.first().into_iter().chain(v6.first()) {
+            self.ask_server_at(now, &server, *remote, *ip).await;
+        }
+    }
+
+    async fn ask_server_at(
+        &mut self,
+        now: Instant,
+        server: &Server,
+        remote: SocketAddr,
+        ip: IpAddr,
+    ) {
         let Some(local) = self.open(now, ip, Some(remote.ip())).await else {
             return;
         };
-        if self.policy != IceTransportsType::Relay {
-            for local in self.sockets.locals() {
-                // Through loopback nothing is learnt about the world, and the other way round.
-                let same = local.is_ipv4() == remote.is_ipv4()
-                    && local.ip().is_loopback() == remote.ip().is_loopback();
-                if same {
-                    self.queries.ask(now, local, remote, &server.url);
-                }
-            }
+        self.found.push((server.url.clone(), remote));
+        for local in self.sockets.locals().collect::<Vec<_>>() {
+            self.ask_from(now, local, remote, &server.url);
         }
-        let known = self.relays.iter().any(|relay| *relay.server() == server);
+        // A socket has one allocation on a server. Other credentials don't replace it: what runs
+        // over it goes on as long as the server lets it.
+        let known = self.relays.iter().any(|relay| {
+            let same = relay.remote() == remote || relay.server().url == server.url;
+            same && relay.local() == local
+        });
         if server.target.relay && !known {
-            self.relays
-                .push(Relay::new(now, server, false, local, remote));
+            let relay = Relay::new(now, server.clone(), local, remote);
+            self.relays.push(relay);
+        }
+    }
+
+    /// Asks a server how a socket looks, if it may have something to say about it.
+    fn ask_from(&mut self, now: Instant, local: SocketAddr, server: SocketAddr, url: &str) {
+        // Through loopback nothing is learnt about the world, and the other way round.
+        let same = local.is_ipv4() == server.is_ipv4()
+            && local.ip().is_loopback() == server.ip().is_loopback();
+        if same && self.policy != IceTransportsType::Relay {
+            self.queries.ask(now, local, server, url);
         }
     }
 
@@ -601,7 +628,7 @@ impl Network {
     fn on_link_open(&mut self, now: Instant, index: usize, local: SocketAddr, remote: SocketAddr) {
         match self.links.get_mut(index).1 {
             Role::Relay(server) => {
-                let relay = Relay::new(now, server.clone(), true, local, remote);
+                let relay = Relay::new(now, server.clone(), local, remote);
                 self.relays.push(relay);
             }
             Role::Peer(dialled) => {
@@ -631,8 +658,8 @@ impl Network {
             Role::Relay(server) => {
                 let on_link = |relay: &mut Relay| *relay.server() == server;
                 let lost: Vec<_> = self.relays.extract_if(.., on_link).collect();
-                for relayed in lost.iter().filter_map(Relay::relayed) {
-                    self.withdraw_relayed(relayed);
+                for relayed in lost.iter().flat_map(Relay::relayed) {
+                    self.withdraw_relayed(*relayed);
                 }
                 self.report(None, &server.url, UNREACHABLE, &err.to_string());
             }
@@ -668,13 +695,19 @@ impl Network {
                     code,
                     text,
                 }) => {
-                    let url = self.relays[index].server().url.clone();
-                    if let Some(relayed) = relayed {
+                    let server = self.relays[index].server().clone();
+                    for relayed in relayed {
                         self.withdraw_relayed(relayed);
                     }
-                    self.report(Some(local), &url, code, &text);
+                    self.report(Some(local), &server.url, code, &text);
                     if stream {
                         self.links.remove_from(local);
+                    }
+                    // Now other credentials are due, if some have come meanwhile.
+                    let mut servers = self.servers.iter();
+                    let current = servers.find(|current| current.url == server.url);
+                    if current.is_some_and(|current| *current != server) {
+                        self.look_up();
                     }
                     return;
                 }
@@ -683,7 +716,7 @@ impl Network {
     }
 
     fn send_relayed(&mut self, now: Instant, from: SocketAddr, to: SocketAddr, bytes: &[u8]) {
-        let from_it = |relay: &&mut Relay| relay.relayed() == Some(from);
+        let from_it = |relay: &&mut Relay| relay.relayed().contains(&from);
         let Some(relay) = self.relays.iter_mut().find(from_it) else {
             return;
         };
@@ -721,7 +754,7 @@ impl Network {
     fn is_settled(&self) -> bool {
         self.lookups.is_empty()
             && self.queries.is_empty()
-            && self.relays.iter().all(|relay| relay.relayed().is_some())
+            && self.relays.iter().all(|relay| !relay.relayed().is_empty())
             && !self.links.is_calling()
     }
 
@@ -768,17 +801,14 @@ fn from_relay(
     bytes: &[u8],
     deliver: impl FnOnce(Received),
 ) {
-    let relayed = relay.relayed();
-    let incoming = relay.receive(now, bytes, |source, bytes| {
-        if let Some(local) = relayed {
-            deliver(Received {
-                protocol: Protocol::Udp,
-                source,
-                local,
-                arrived,
-                bytes,
-            });
-        }
+    let incoming = relay.receive(now, bytes, |source, local, bytes| {
+        deliver(Received {
+            protocol: Protocol::Udp,
+            source,
+            local,
+            arrived,
+            bytes,
+        });
     });
     if incoming == Incoming::Senseless {
         faults.note(Fault::Turn, relay.remote());
@@ -866,6 +896,23 @@ mod tests {
         assert!(matches!(network.news.back(), Some(News::Candidate(_))));
     }
 
+    #[tokio::test]
+    async fn a_lost_socket_is_replaced() {
+        let (mut network, now) = (network(), Instant::now());
+        network.handle(now, NetworkRequest::Gather).await;
+        let before: Vec<_> = network.sockets.locals().collect();
+        assert!(!before.is_empty());
+        network.sockets.lose_handles();
+        network.news.clear();
+        network.handle(now, NetworkRequest::Restart).await;
+        assert_eq!(network.sockets.len(), before.len());
+        let withdrawn = |news: &&News| matches!(news, News::Withdrawn(_));
+        assert_eq!(network.news.iter().filter(withdrawn).count(), before.len());
+        for local in before {
+            assert!(network.sockets.locals().all(|after| after != local));
+        }
+    }
+
     /// A server of the configuration is being asked.
     fn asks(network: &Network) -> bool {
         !network.lookups.is_empty()
@@ -881,6 +928,98 @@ mod tests {
             ice_servers: vec![server],
             ice_transport_type: policy,
             ..RtcConfiguration::default()
+        }
+    }
+
+    /// A server of ours on that address, which the caller plays.
+    fn played(ip: &str) -> (StdUdpSocket, SocketAddr) {
+        let socket = StdUdpSocket::bind((ip, 0)).unwrap();
+        socket
+            .set_read_timeout(Some(Duration::from_secs(30)))
+            .unwrap();
+        let addr = socket.local_addr().unwrap();
+        (socket, addr)
+    }
+
+    #[tokio::test]
+    async fn a_socket_that_is_opened_later_is_told_how_it_looks_too() {
+        let config = with_server("stun:127.0.0.1", IceTransportsType::All);
+        let (mut network, now) = (Network::new(&config, None), Instant::now());
+        let (server, addr) = played("127.0.0.1");
+        let stun = network.servers[0].clone();
+        network.on_lookup(now, stun, Ok(vec![addr])).await;
+        network.poll(now);
+        let later = Ipv4Addr::new(127, 0, 0, 2).into();
+        let later = network.open(now, later, None).await.unwrap();
+        network.poll(now);
+        let mut buffer = [0; 64];
+        let (_, first) = server.recv_from(&mut buffer).unwrap();
+        assert_ne!(first, later);
+        assert_eq!(server.recv_from(&mut buffer).unwrap().1, later);
+    }
+
+    #[tokio::test]
+    async fn a_server_with_addresses_of_both_families_is_asked_at_both() {
+        let config = with_server("turn:localhost", IceTransportsType::All);
+        let (mut network, now) = (Network::new(&config, None), Instant::now());
+        let ends = [played("::1"), played("127.0.0.1")];
+        let server = network.servers[0].clone();
+        for _ in 0..2 {
+            let addresses = ends.iter().map(|(_, addr)| *addr).collect();
+            network.on_lookup(now, server.clone(), Ok(addresses)).await;
+        }
+        network.poll(now);
+        let mut buffer = [0; 256];
+        for (end, addr) in &ends {
+            // How the socket looks, and a relay.
+            for _ in 0..2 {
+                let (_, source) = end.recv_from(&mut buffer).unwrap();
+                assert_eq!(source.ip(), addr.ip());
+            }
+        }
+        assert_eq!(network.relays.len(), 2);
+    }
+
+    /// The passwords of the relays, when what is being looked up has led to one.
+    async fn passwords(network: &mut Network, now: Instant, addr: SocketAddr) -> Vec<String> {
+        for lookup in std::mem::take(&mut network.lookups) {
+            network.on_lookup(now, lookup.server, Ok(vec![addr])).await;
+        }
+        while network.links.is_calling() {
+            if let Ready::Link(index, event) = network.ready().await {
+                network.on_link(now, index, event, |_| {});
+            }
+        }
+        let servers = network.relays.iter().map(Relay::server);
+        servers.map(|server| server.password.clone()).collect()
+    }
+
+    #[tokio::test]
+    async fn other_credentials_are_used_when_the_allocation_is_over() {
+        for url in ["turn:127.0.0.1", "turn:127.0.0.1?transport=tcp"] {
+            let config = |password: &str| {
+                let mut config = with_server(url, IceTransportsType::Relay);
+                config.ice_servers[0].password = password.to_owned();
+                config
+            };
+            // Never answers.
+            let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+            let addr = listener.local_addr().unwrap();
+            let (mut network, mut now) = (Network::new(&config("old"), None), Instant::now());
+            network.handle(now, NetworkRequest::Gather).await;
+            assert_eq!(passwords(&mut network, now, addr).await, ["old"]);
+            for _ in 0..2 {
+                let request = NetworkRequest::Configure(config("new"));
+                network.handle(now, request).await;
+                assert_eq!(passwords(&mut network, now, addr).await, ["old"], "{url}");
+            }
+            for after in [&["new"][..], &[]] {
+                while !network.relays.is_empty() {
+                    now += Duration::from_secs(1);
+                    network.poll(now);
+                }
+                assert_eq!(passwords(&mut network, now, addr).await, after, "{url}");
+            }
         }
     }
 

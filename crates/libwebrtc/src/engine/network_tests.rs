@@ -29,10 +29,10 @@ use tokio::{
 use tokio_rustls::TlsAcceptor;
 use tokio_stream::StreamExt;
 use turn_server_proto::{
-    api::{Transmit, TurnServerApi, TurnServerPollRet},
+    api::{SocketAllocateError, Transmit, TurnServerApi, TurnServerPollRet},
     server::TurnServer,
     types::{
-        Instant as TurnInstant, TransportType,
+        AddressFamily, Instant as TurnInstant, TransportType,
         stun::{
             attribute::{Username, XorMappedAddress},
             message::{Message, MessageWriteVec},
@@ -479,6 +479,11 @@ const PASSWORD: &str = "right";
 
 impl TurnEnd {
     async fn new() -> Self {
+        Self::with_families(&[AddressFamily::IPV4]).await
+    }
+
+    /// That it has addresses of.
+    async fn with_families(families: &'static [AddressFamily]) -> Self {
         let certified = rcgen::generate_simple_self_signed(["localhost".to_owned()]).unwrap();
         let certificate = CertificateDer::from(certified.cert.der().to_vec());
         let key = PrivateKeyDer::try_from(certified.signing_key.serialize_der()).unwrap();
@@ -536,6 +541,7 @@ impl TurnEnd {
         let server = TurnLoop {
             udp_socket,
             listen: udp,
+            families,
             input,
             allocations: allocations.clone(),
             relayed: relayed.clone(),
@@ -598,6 +604,7 @@ async fn turn_stream(
 struct TurnLoop {
     udp_socket: Arc<UdpSocket>,
     listen: SocketAddr,
+    families: &'static [AddressFamily],
     input: UnboundedSender<TurnInput>,
     allocations: Arc<AtomicUsize>,
     relayed: Arc<AtomicU64>,
@@ -640,27 +647,36 @@ impl TurnLoop {
                         allocation_transport,
                         family,
                     } => {
-                        let socket = Arc::new(UdpSocket::bind((LOCALHOST, 0)).await.unwrap());
-                        let relay = socket.local_addr().unwrap();
-                        let mut tasks = JoinSet::new();
-                        let (reader, to) = (socket.clone(), self.input.clone());
-                        tasks.spawn(async move {
-                            let mut buffer = vec![0; 4096];
-                            loop {
-                                if let Ok((len, peer)) = reader.recv_from(&mut buffer).await {
-                                    let bytes = buffer[..len].to_vec();
-                                    let _ = to.send(TurnInput::Peer { relay, peer, bytes });
+                        let given = if self.families.contains(&family) {
+                            let ip = match family {
+                                AddressFamily::IPV4 => LOCALHOST,
+                                AddressFamily::IPV6 => Ipv6Addr::LOCALHOST.into(),
+                            };
+                            let socket = Arc::new(UdpSocket::bind((ip, 0)).await.unwrap());
+                            let relay = socket.local_addr().unwrap();
+                            let mut tasks = JoinSet::new();
+                            let (reader, to) = (socket.clone(), self.input.clone());
+                            tasks.spawn(async move {
+                                let mut buffer = vec![0; 4096];
+                                loop {
+                                    if let Ok((len, peer)) = reader.recv_from(&mut buffer).await {
+                                        let bytes = buffer[..len].to_vec();
+                                        let _ = to.send(TurnInput::Peer { relay, peer, bytes });
+                                    }
                                 }
-                            }
-                        });
-                        relays.insert(relay, (socket, tasks));
+                            });
+                            relays.insert(relay, (socket, tasks));
+                            Ok(relay)
+                        } else {
+                            Err(SocketAllocateError::AddressFamilyNotSupported)
+                        };
                         server.allocated_socket(
                             transport,
                             listen_addr,
                             client_addr,
                             allocation_transport,
                             family,
-                            Ok(relay),
+                            given,
                             time(),
                         );
                     }
@@ -691,9 +707,12 @@ impl TurnLoop {
 
 async fn through_a_relay(url: impl Fn(&TurnEnd) -> String) {
     let turn = TurnEnd::new().await;
-    let mut config = servers(&[&url(&turn)], PASSWORD);
-    config.ice_transport_type = IceTransportsType::Relay;
-    let (mut a, mut b) = (End::with(config, Some(turn.trust.clone())), End::new());
+    let config = |password| RtcConfiguration {
+        ice_transport_type: IceTransportsType::Relay,
+        ..servers(&[&url(&turn)], password)
+    };
+    let trust = Some(turn.trust.clone());
+    let (mut a, mut b) = (End::with(config(PASSWORD), trust), End::new());
     let mine = negotiate_with_channel(&a, &b).await;
     let at_b = local_on(&mut b, LOCALHOST).await;
     let line = next(&mut a.candidates).await.candidate();
@@ -705,6 +724,10 @@ async fn through_a_relay(url: impl Fn(&TurnEnd) -> String) {
     talk(&mine, &mut b).await;
     let relayed = turn.relayed.load(Ordering::Relaxed);
     assert!(relayed > 20, "{relayed} datagrams through the relay");
+    // As at every resumption: other credentials, here even wrong ones.
+    a.pc.set_configuration(config("other")).unwrap();
+    talk(&channel(&a), &mut b).await;
+    assert!(a.errors.try_recv().is_err());
     turn.has_allocations(1).await;
     assert!(a.candidates.try_recv().is_err(), "one candidate only");
     a.pc.close();
@@ -724,6 +747,25 @@ async fn a_relay_reached_by_tcp() {
 #[tokio::test]
 async fn a_relay_reached_by_tls() {
     through_a_relay(|turn| format!("turns:localhost:{}", turn.tls.port())).await;
+}
+
+#[tokio::test]
+async fn a_relay_leads_to_a_peer_of_the_other_family() {
+    let turn = TurnEnd::with_families(&[AddressFamily::IPV4, AddressFamily::IPV6]).await;
+    let mut config = servers(&[&format!("turn:{}", turn.udp)], PASSWORD);
+    config.ice_transport_type = IceTransportsType::Relay;
+    let (mut a, mut b) = (End::with(config, None), End::new());
+    let mine = negotiate_with_channel(&a, &b).await;
+    let at_b = local_on(&mut b, Ipv6Addr::LOCALHOST.into()).await;
+    let relayed = a.candidate(" ::1 ").await.candidate();
+    assert!(relayed.contains(" typ relay "), "{relayed}");
+    b.add(&relayed).await;
+    a.add(&host(at_b)).await;
+    a.reaches(PeerConnectionState::Connected).await;
+    talk(&mine, &mut b).await;
+    turn.has_allocations(2).await;
+    a.pc.close();
+    turn.has_allocations(0).await;
 }
 
 /// By hand, against a server of the world: `TURN_URLS` (separated by commas), user `user`, password

@@ -15,7 +15,7 @@ use turn_client_proto::{
     prelude::*,
     tcp::TurnClientTcp,
     types::{
-        Instant as TurnInstant, TransportType, TurnCredentials,
+        AddressFamily, Instant as TurnInstant, TransportType, TurnCredentials,
         channel::ChannelData,
         stun::{
             attribute::ErrorCode,
@@ -25,7 +25,7 @@ use turn_client_proto::{
     udp::TurnClientUdp,
 };
 
-use super::servers::Server;
+use super::servers::{Server, Transport};
 
 /// An allocation after that is of no use for a join.
 const ALLOCATE_LIMIT: Duration = Duration::from_secs(10);
@@ -47,7 +47,10 @@ pub(super) struct Relay {
     remote: SocketAddr,
     /// Zero of the client's time.
     epoch: Instant,
-    relayed: Option<SocketAddr>,
+    /// Addresses of IPv6 are asked for too.
+    both: bool,
+    /// At most one of each family.
+    relayed: Vec<SocketAddr>,
     give_up_at: Instant,
     /// Requests for an allocation that were sent.
     asked: Vec<TransactionId>,
@@ -66,7 +69,7 @@ pub(super) enum RelayEvent {
     Allocated(SocketAddr),
     /// There is no allocation, or none any more. Nothing follows.
     Failed {
-        relayed: Option<SocketAddr>,
+        relayed: Vec<SocketAddr>,
         code: u16,
         text: String,
     },
@@ -81,27 +84,15 @@ pub(super) enum Incoming {
 
 impl Relay {
     /// Allocates through the socket or connection between `local` and `remote`.
-    pub(super) fn new(
-        now: Instant,
-        server: Server,
-        stream: bool,
-        local: SocketAddr,
-        remote: SocketAddr,
-    ) -> Self {
-        let credentials = TurnCredentials::new(&server.username, &server.password);
-        let config = TurnConfig::new(credentials);
-        let client = if stream {
-            Client::Tcp(TurnClientTcp::allocate(local, remote, config))
-        } else {
-            Client::Udp(TurnClientUdp::allocate(local, remote, config))
-        };
+    pub(super) fn new(now: Instant, server: Server, local: SocketAddr, remote: SocketAddr) -> Self {
         Self {
+            client: client(&server, local, remote, true),
             server,
-            client,
             local,
             remote,
             epoch: now,
-            relayed: None,
+            both: true,
+            relayed: Vec::new(),
             give_up_at: now + ALLOCATE_LIMIT,
             asked: Vec::new(),
             refusal: None,
@@ -124,22 +115,23 @@ impl Relay {
         self.remote
     }
 
-    pub(super) fn relayed(&self) -> Option<SocketAddr> {
-        self.relayed
+    pub(super) fn relayed(&self) -> &[SocketAddr] {
+        &self.relayed
     }
 
     pub(super) fn deadline(&self) -> Option<Instant> {
         self.deadline
     }
 
-    /// Takes a message of the server; what a peer sent is handed to `deliver(peer, bytes)`.
+    /// Takes a message of the server; what a peer sent is handed to `deliver(peer, relayed, bytes)`,
+    /// with the address of ours that it sent it to.
     pub(super) fn receive(
         &mut self,
         now: Instant,
         bytes: &[u8],
-        deliver: impl FnOnce(SocketAddr, &[u8]),
+        deliver: impl FnOnce(SocketAddr, SocketAddr, &[u8]),
     ) -> Incoming {
-        if self.relayed.is_none() {
+        if self.relayed.is_empty() {
             self.note_refusal(now, bytes);
         }
         // What the client can't read of a stream, it keeps, and waits for the rest of it for ever.
@@ -150,7 +142,10 @@ impl Relay {
         let now = self.time(now);
         let incoming = match self.client.recv(transmit, now) {
             TurnRecvRet::PeerData(data) => {
-                deliver(data.peer, data.data());
+                let alike = |own: &&SocketAddr| own.is_ipv4() == data.peer.is_ipv4();
+                if let Some(own) = self.relayed.iter().find(alike) {
+                    deliver(data.peer, *own, data.data());
+                }
                 return Incoming::Taken;
             }
             TurnRecvRet::Handled | TurnRecvRet::PeerIcmp { .. } => Incoming::Taken,
@@ -176,7 +171,12 @@ impl Relay {
                 out.resize(transmit.data.len(), 0);
                 transmit.write_into(out);
                 // More than connectivity checks goes this way.
-                if self.channel != Some(peer) && bytes.first().is_some_and(|first| *first > 3) {
+                let bindable = match self.channel {
+                    None => true,
+                    // The client gives the same numbers to channels of the other family.
+                    Some(known) => known != peer && known.is_ipv4() == peer.is_ipv4(),
+                };
+                if bindable && bytes.first().is_some_and(|first| *first > 3) {
                     self.channel = Some(peer);
                     self.bind_channel(now, peer);
                 }
@@ -212,10 +212,14 @@ impl Relay {
         while let Some(event) = self.client.poll_event() {
             match event {
                 TurnEvent::AllocationCreated(_, relayed) => {
-                    self.relayed = Some(relayed);
+                    self.relayed.push(relayed);
+                    self.refusal = None;
                     return Some(RelayEvent::Allocated(relayed));
                 }
-                TurnEvent::AllocationCreateFailed(_) => return Some(self.fail()),
+                // The client closes when there is none of the other family either.
+                TurnEvent::AllocationCreateFailed(family) => {
+                    log::debug!("{:?}: no allocation of {family}", self.server);
+                }
                 TurnEvent::PermissionCreated(_, ip) => self.peers.retain(|(known, _)| *known != ip),
                 TurnEvent::PermissionCreateFailed(_, ip) => {
                     log::debug!("{:?}: no permission for {ip}", self.server);
@@ -227,43 +231,53 @@ impl Relay {
                 _ => {}
             }
         }
+        if self.relayed.is_empty() && now >= self.give_up_at {
+            return self.fail(now);
+        }
         let wait = self.client.poll(time);
         while let Some(transmit) = self.client.poll_transmit(time) {
-            if self.relayed.is_none() {
+            if self.relayed.is_empty() {
                 self.note_request(&transmit.data);
             }
             send(&transmit.data);
         }
         let at = match wait {
             TurnPollRet::WaitUntil(at) => at.to_std(self.epoch),
-            TurnPollRet::Closed => return Some(self.fail()),
+            TurnPollRet::Closed => return self.fail(now),
             TurnPollRet::AllocateTcpSocket { .. } | TurnPollRet::TcpClose { .. } => now,
         };
-        if self.relayed.is_none() && now >= self.give_up_at {
-            return Some(self.fail());
-        }
         let at = at.max(now + MIN_WAIT);
-        self.deadline = Some(match self.relayed {
-            Some(_) => at,
-            None => at.min(self.give_up_at),
+        self.deadline = Some(match self.relayed.is_empty() {
+            true => at.min(self.give_up_at),
+            false => at,
         });
         None
     }
 
-    fn fail(&mut self) -> RelayEvent {
+    fn fail(&mut self, now: Instant) -> Option<RelayEvent> {
+        // A server that has no IPv6 is to give what it has, but not all read that standard.
+        let refused = |(code, _): &(u16, String)| *code != ErrorCode::UNAUTHORIZED;
+        if self.both && self.relayed.is_empty() && self.refusal.as_ref().is_some_and(refused) {
+            self.both = false;
+            self.client = client(&self.server, self.local, self.remote, false);
+            self.asked.clear();
+            self.give_up_at = now + ALLOCATE_LIMIT;
+            self.deadline = Some(now);
+            return None;
+        }
         self.over = true;
         self.deadline = None;
-        let relayed = self.relayed.take();
-        let (code, text) = match (self.refusal.take(), relayed) {
+        let relayed = std::mem::take(&mut self.relayed);
+        let (code, text) = match (self.refusal.take(), relayed.is_empty()) {
             (Some(refusal), _) => refusal,
-            (None, None) => (UNREACHABLE, "the TURN server does not answer".to_owned()),
-            (None, Some(_)) => (UNREACHABLE, "the TURN allocation was lost".to_owned()),
+            (None, true) => (UNREACHABLE, "the TURN server does not answer".to_owned()),
+            (None, false) => (UNREACHABLE, "the TURN allocation was lost".to_owned()),
         };
-        RelayEvent::Failed {
+        Some(RelayEvent::Failed {
             relayed,
             code,
             text,
-        }
+        })
     }
 
     fn ask_for(&mut self, now: Instant, ip: IpAddr) {
@@ -337,6 +351,20 @@ impl Relay {
     }
 }
 
+fn client(server: &Server, local: SocketAddr, remote: SocketAddr, both: bool) -> Client {
+    let credentials = TurnCredentials::new(&server.username, &server.password);
+    let mut config = TurnConfig::new(credentials);
+    if both {
+        config.add_address_family(AddressFamily::IPV6);
+    }
+    match server.target.transport {
+        Transport::Udp => Client::Udp(TurnClientUdp::allocate(local, remote, config)),
+        Transport::Tcp | Transport::Tls => {
+            Client::Tcp(TurnClientTcp::allocate(local, remote, config))
+        }
+    }
+}
+
 fn is_one_message(bytes: &[u8]) -> bool {
     let len = match MessageHeader::from_bytes(bytes) {
         Ok(header) => MessageHeader::LENGTH + usize::from(header.data_length()),
@@ -350,15 +378,16 @@ fn is_one_message(bytes: &[u8]) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use turn_client_proto::types::{
+        attribute::AdditionalAddressFamily,
+        stun::{message::MessageWriteVec, prelude::*},
+    };
     use turn_server_proto::{
-        api::{TurnServerApi, TurnServerPollRet},
+        api::{SocketAllocateError, TurnServerApi, TurnServerPollRet},
         server::TurnServer,
     };
 
-    use super::{
-        super::servers::{Target, Transport},
-        *,
-    };
+    use super::{super::servers::Target, *};
 
     const LIMIT: Duration = Duration::from_secs(60);
 
@@ -378,6 +407,10 @@ mod tests {
         sent: Vec<Vec<u8>>,
         /// The server does not hear.
         deaf: bool,
+        /// The server has addresses of IPv6.
+        v6: bool,
+        /// The server refuses whoever asks for them.
+        strict: bool,
         requests: usize,
     }
 
@@ -405,7 +438,7 @@ mod tests {
             // The shortest there is.
             turn.set_nonce_expiry_duration(Duration::from_secs(30));
             Self {
-                relay: Relay::new(start, server, transport != Transport::Udp, local, remote),
+                relay: Relay::new(start, server, local, remote),
                 server: turn,
                 start,
                 now: start,
@@ -413,6 +446,8 @@ mod tests {
                 allocations: 0,
                 sent: Vec::new(),
                 deaf: false,
+                v6: false,
+                strict: false,
                 requests: 0,
             }
         }
@@ -423,7 +458,7 @@ mod tests {
 
         fn allocated_over(transport: Transport) -> Self {
             let mut world = Self::over("right", transport);
-            world.until(LIMIT, |world| world.relay.relayed().is_some());
+            world.until(LIMIT, |world| !world.relay.relayed().is_empty());
             world
         }
 
@@ -443,6 +478,15 @@ mod tests {
                 if self.deaf {
                     continue;
                 }
+                let message = Message::from_bytes(&request).unwrap();
+                if self.strict && message.has_attribute(AdditionalAddressFamily::TYPE) {
+                    let mut refusal = Message::builder_error(&message, MessageWriteVec::new());
+                    let code = ErrorCode::builder(440).build().unwrap();
+                    refusal.add_attribute(&code).unwrap();
+                    let refusal = refusal.finish();
+                    answers.push(Transmit::new(refusal, TransportType::Udp, remote, local));
+                    continue;
+                }
                 let transmit = Transmit::new(request, TransportType::Udp, local, remote);
                 if let Some(answer) = self.server.recv(transmit, time) {
                     answers.push(answer.build());
@@ -457,14 +501,21 @@ mod tests {
                         allocation_transport,
                         family,
                     } => {
-                        self.allocations += 1;
+                        let given = match family {
+                            AddressFamily::IPV4 => Ok(addr("10.0.0.2:5000")),
+                            AddressFamily::IPV6 if self.v6 => Ok(addr("[fd00::2]:5000")),
+                            AddressFamily::IPV6 => {
+                                Err(SocketAllocateError::AddressFamilyNotSupported)
+                            }
+                        };
+                        self.allocations += usize::from(given.is_ok());
                         self.server.allocated_socket(
                             transport,
                             listen_addr,
                             client_addr,
                             allocation_transport,
                             family,
-                            Ok(addr("10.0.0.2:5000")),
+                            given,
                             time,
                         );
                     }
@@ -477,7 +528,7 @@ mod tests {
             }
             for answer in answers {
                 if answer.to == local {
-                    self.relay.receive(self.now, &answer.data, |_, _| {});
+                    self.relay.receive(self.now, &answer.data, |_, _, _| {});
                 } else {
                     self.sent.push(answer.data);
                 }
@@ -516,6 +567,20 @@ mod tests {
             let wrapped = self.relay.wrap(self.now, peer, bytes, &mut out);
             wrapped.then_some(out)
         }
+
+        /// Who is heard, and where, when a peer sends something to an address of ours.
+        fn hear(&mut self, peer: SocketAddr, own: SocketAddr) -> Option<(SocketAddr, SocketAddr)> {
+            let transmit = Transmit::new(vec![0x80; 50], TransportType::Udp, peer, own);
+            let time = self.relay.time(self.now);
+            let wrapped = self.server.recv(transmit, time).unwrap().build().data;
+            let mut heard = None;
+            self.relay
+                .receive(self.now, &wrapped, |source, own, bytes| {
+                    assert_eq!(bytes, [0x80; 50]);
+                    heard = Some((source, own));
+                });
+            heard
+        }
     }
 
     #[test]
@@ -545,16 +610,48 @@ mod tests {
     }
 
     #[test]
+    fn a_server_with_both_families_gives_an_address_of_each() {
+        let mut world = World::new("right");
+        world.v6 = true;
+        world.until(LIMIT, |world| world.relay.relayed().len() == 2);
+        assert_eq!(world.allocations, 2);
+        // Only what is of one family gets a channel.
+        let peers = ["10.0.0.3:4000", "[fd00::3]:4000"].map(addr);
+        for (peer, wrapped) in peers.into_iter().zip([104, 148]) {
+            assert_eq!(world.send(peer, &[0; 20]), None);
+            world.pass(Duration::from_secs(1));
+            world.send(peer, &[0x80; 100]).unwrap();
+            world.pass(Duration::from_secs(1));
+            assert_eq!(world.send(peer, &[0x80; 100]).unwrap().len(), wrapped);
+        }
+        for peer in peers {
+            let mut own = world.relay.relayed().iter();
+            let own = *own.find(|own| own.is_ipv4() == peer.is_ipv4()).unwrap();
+            assert_eq!(world.hear(peer, own), Some((peer, own)));
+        }
+        world.pass(Duration::from_secs(2 * 3600));
+        assert_eq!((world.events.len(), world.allocations), (2, 2));
+        world.relay.release(world.now);
+        world.until(LIMIT, |world| world.relay.is_over());
+        assert_eq!(world.allocations, 0);
+    }
+
+    #[test]
+    fn a_server_that_refuses_the_other_family_gives_what_it_has() {
+        let mut world = World::new("right");
+        world.strict = true;
+        world.until(LIMIT, |world| !world.relay.relayed().is_empty());
+        assert_eq!(world.relay.relayed(), [addr("10.0.0.2:5000")]);
+        assert!(world.now < world.start + Duration::from_secs(3));
+    }
+
+    #[test]
     fn wrong_credentials_are_told_with_the_code_of_the_server() {
         let mut world = World::new("wrong");
         world.until(LIMIT, |world| world.relay.is_over());
         assert!(matches!(
             &world.events[..],
-            [RelayEvent::Failed {
-                relayed: None,
-                code: 401,
-                ..
-            }]
+            [RelayEvent::Failed { code: 401, .. }]
         ));
         assert!(world.now < world.start + Duration::from_secs(3));
     }
@@ -567,7 +664,6 @@ mod tests {
         assert!(matches!(
             &world.events[..],
             [RelayEvent::Failed {
-                relayed: None,
                 code: UNREACHABLE,
                 ..
             }]
@@ -580,12 +676,12 @@ mod tests {
     #[test]
     fn an_allocation_that_can_t_be_refreshed_is_lost() {
         let mut world = World::allocated();
-        let relayed = world.relay.relayed();
+        let relayed = world.relay.relayed().to_vec();
         world.deaf = true;
         world.until(Duration::from_secs(3600), |world| world.relay.is_over());
         assert!(matches!(
-            world.events[..],
-            [_, RelayEvent::Failed { relayed: gone, .. }] if gone == relayed
+            &world.events[..],
+            [_, RelayEvent::Failed { relayed: gone, code: UNREACHABLE, .. }] if *gone == relayed
         ));
     }
 
@@ -607,7 +703,7 @@ mod tests {
                 let before = sample[at];
                 sample[at] = (state >> 24) as u8;
                 let end = if round % 3 == 0 { at } else { sample.len() };
-                world.relay.receive(world.now, &sample[..end], |_, _| {});
+                world.relay.receive(world.now, &sample[..end], |_, _, _| {});
                 if round % 2 == 0 {
                     sample[at] = before;
                 }
@@ -615,15 +711,8 @@ mod tests {
             world.pass(Duration::from_secs(5));
             assert!(!world.relay.is_over());
             // What comes from the peer still gets through.
-            let (from, to) = (peer, world.relay.relayed().unwrap());
-            let transmit = Transmit::new(vec![0x80; 50], TransportType::Udp, from, to);
-            let time = world.relay.time(world.now);
-            let wrapped = world.server.recv(transmit, time).unwrap().build().data;
-            let mut heard = None;
-            world.relay.receive(world.now, &wrapped, |source, bytes| {
-                heard = Some((source, bytes.to_vec()));
-            });
-            assert_eq!(heard, Some((peer, vec![0x80; 50])), "{transport:?}");
+            let own = world.relay.relayed()[0];
+            assert_eq!(world.hear(peer, own), Some((peer, own)), "{transport:?}");
         }
     }
 }

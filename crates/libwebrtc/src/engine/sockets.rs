@@ -215,11 +215,12 @@ impl Sockets {
         Ok(local)
     }
 
-    /// Takes out those whose address this machine has no more.
+    /// Takes out those that are lost, or whose address this machine has no more.
     pub(super) fn take_lost(&mut self) -> Vec<Socket> {
         let lost = |socket: &mut Socket| {
-            StdUdpSocket::bind((socket.local.ip(), 0))
-                .is_err_and(|err| err.kind() == io::ErrorKind::AddrNotAvailable)
+            matches!(socket.handle, Handle::Lost)
+                || StdUdpSocket::bind((socket.local.ip(), 0))
+                    .is_err_and(|err| err.kind() == io::ErrorKind::AddrNotAvailable)
         };
         self.0.extract_if(.., lost).collect()
     }
@@ -348,6 +349,14 @@ impl Sockets {
         // Of a documentation range (RFC 5737).
         let other = std::net::Ipv4Addr::new(198, 51, 100, 7);
         socket.unwrap().local.set_ip(other.into());
+    }
+
+    /// As if the runtime had not given them back.
+    #[cfg(test)]
+    pub(super) fn lose_handles(&mut self) {
+        for socket in &mut self.0 {
+            socket.handle = Handle::Lost;
+        }
     }
 }
 
