@@ -61,6 +61,9 @@ impl Session {
         let transceivers = self.transceivers.clone();
 
         let rtc = self.stack()?;
+        for transceiver in &transceivers {
+            declare_source(rtc, transceiver);
+        }
         let spare = spare_section(rtc, &transceivers);
         let mut api = rtc.sdp_api();
         let mut sections = Vec::new();
@@ -246,9 +249,25 @@ impl Session {
                 self.apply_section(&transceiver, section);
             }
         }
+        self.drop_sources();
         self.remote = Some(description);
         self.set_signaling(SignalingState::Stable);
         Ok(())
+    }
+
+    /// The stack has a source for each section that it has offered, also for those that only receive:
+    /// kilobytes of buffers, time with each packet, and a report of nothing a second.
+    fn drop_sources(&mut self) {
+        let Some(rtc) = &mut self.rtc else { return };
+        for transceiver in self.transceivers.iter().filter(|t| !t.direction().sends()) {
+            let Some(mid) = transceiver.bound_mid() else {
+                continue;
+            };
+            let mut api = rtc.direct_api();
+            if let Some(ssrc) = api.stream_tx_by_mid(mid, None).map(|source| source.ssrc()) {
+                api.remove_stream_tx(ssrc);
+            }
+        }
     }
 
     fn set_remote_offer(&mut self, description: SessionDescription) -> Result<(), RtcError> {
@@ -476,6 +495,21 @@ fn checked_sections(text: &str) -> Result<Vec<Section<'_>>, RtcError> {
         ));
     }
     Ok(sections)
+}
+
+/// One for a section that is to send after all, so that the offer can name it.
+fn declare_source(rtc: &mut Rtc, transceiver: &RtpTransceiver) {
+    if let Some(mid) = transceiver.bound_mid()
+        && transceiver.kind() == MediaType::Audio
+        && transceiver.direction().sends()
+        && rtc.media(mid).is_some()
+    {
+        let mut api = rtc.direct_api();
+        if api.stream_tx_by_mid(mid, None).is_none() {
+            let ssrc = api.new_ssrc();
+            api.declare_stream_tx(ssrc, None, mid, None);
+        }
+    }
 }
 
 /// A section whose direction can be touched without disturbing anything, if there is one.

@@ -95,18 +95,16 @@ impl Shared {
 
     /// A fresh protocol stack.
     pub(super) fn stack(&self, snap: bool, now: Instant) -> Rtc {
-        Rtc::builder()
+        let mut config = Rtc::builder()
             .set_crypto_provider(self.crypto.clone())
             .set_dtls_cert(self.certificate.clone())
             .clear_codecs()
             // Without RED (RFC 2198): the server then strips it, and packets are plain Opus.
             .enable_opus(true, false)
             // Never sent, dropped when received, and never offered unless the SDK adds a section for
-            // it; but sections without a codec in common are refused, and the SDK adds some.
+            // it; but sections without a codec in common are refused, and the SDK adds some. So one of
+            // these, and of H.264 below, of which every server has at least one.
             .enable_vp8(true)
-            .enable_h264(true)
-            .enable_vp9(true)
-            .enable_av1(true)
             // Not the numbers for estimates of bandwidth: voices need none, and a report every 50 ms
             // would be sent for them.
             .clear_extension_map()
@@ -116,8 +114,12 @@ impl Shared {
             .set_stats_interval(Some(INTERVAL))
             .set_sctp_max_message_size(MAX_MESSAGE)
             .set_sctp_max_buffered_amount(MAX_BUFFERED)
-            .set_snap_enabled(snap)
-            .build(now)
+            .set_snap_enabled(snap);
+        let [pt, repair] = [108.into(), 109.into()];
+        config
+            .codec_config()
+            .add_h264(pt, Some(repair), true, 0x42_e01f);
+        config.build(now)
     }
 }
 

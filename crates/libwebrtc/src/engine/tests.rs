@@ -736,6 +736,37 @@ fn an_offer_whose_answer_was_lost_is_made_again_with_the_same_sections() {
 }
 
 #[test]
+fn a_section_that_only_received_has_no_source_until_it_sends() {
+    let mut ends = None;
+    let mut wire = Wire::connected(|wire| {
+        ends = Some(wire.a.add_audio(Direction::RecvOnly, ""));
+        wire.b.add_audio(Direction::SendOnly, "of-b");
+    });
+    let (at_a, at_b) = (ends.unwrap(), wire.b.session.transceivers()[0].clone());
+    let mid = at_a.bound_mid().unwrap();
+    let has_source = |side: &mut Side| {
+        let mut api = side.session.rtc.as_mut().unwrap().direct_api();
+        api.stream_tx_by_mid(mid, None).is_some()
+    };
+    assert!(!has_source(&mut wire.a) && has_source(&mut wire.b));
+
+    let track = RtcAudioTrack::new("of-a".to_owned(), None);
+    let track = Some(MediaStreamTrack::Audio(track));
+    at_a.sender().set_track(track).unwrap();
+    at_a.set_direction(Direction::SendRecv);
+    at_b.set_direction(Direction::SendRecv);
+    let offer = wire.a.offer();
+    assert!(offer.as_str().contains("a=ssrc:"), "{}", offer.as_str());
+    wire.negotiate();
+    let heard = at_b.receiver().track().unwrap();
+    for sequence in 1..=10 {
+        assert!(wire.a.send(&at_a, sequence));
+        wire.pass(Duration::from_millis(20));
+    }
+    assert_eq!(wire.b.take_audio(&heard), (1..=10).collect::<Vec<_>>());
+}
+
+#[test]
 fn packets_that_are_read_late_have_the_time_and_the_jitter_that_they_came_with() {
     const PACE: Duration = Duration::from_millis(20);
     let mut ends = None;
