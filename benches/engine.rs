@@ -2,13 +2,15 @@
 //! is joined and left, how late a packet is. The subscriber is the SDK with the engine's encoded
 //! audio, in a process of its own; the room server and those who speak are in this one.
 //!
-//! `cargo bench --bench engine [-- SECTION...]`, with sections tracks, rooms, join. The goals: of a
-//! core 0.08 % a track, 300 KB a room, 40 KB a further track, p99 of a close 5 ms.
+//! `cargo bench --bench engine [-- SECTION...]`, with sections tracks, rooms, join, peers. The goals: of
+//! a core 0.08 % a track, 300 KB a room, 40 KB a further track, p99 of a close 5 ms. Peers compares with
+//! the genuine libwebrtc, in PyPI's livekit, which tests/run installs.
 
 #![allow(clippy::disallowed_methods, reason = "the bans are about the daemon")]
 
 use std::{
     fs,
+    path::Path,
     process::Stdio,
     sync::{
         Arc, Mutex, PoisonError,
@@ -23,11 +25,15 @@ use livekit::{
     prelude::*,
     webrtc::{
         audio_source::{AudioSourceOptions, native::NativeAudioSource},
+        audio_stream::native::NativeAudioStream,
         encoded_audio::{self, EncodedAudioStream},
     },
 };
 use livekit_api::access_token::{AccessToken, VideoGrants};
-use rehearsal::room::{Config, Server};
+use rehearsal::{
+    room::{Config, Server},
+    speaker::{Place, Recording, Speaker as Voice},
+};
 use roomwarden::room::departure::{self, Left};
 use rustix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
@@ -50,9 +56,17 @@ async fn main() {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let sections: Vec<&str> = arguments.iter().map(String::as_str).collect();
     match sections[..] {
-        ["subscribe", url, key, secret, beat, ref rooms @ ..] => {
+        [
+            how @ ("packets" | "pcm"),
+            url,
+            key,
+            secret,
+            beat,
+            ref rooms @ ..,
+        ] => {
             encoded_audio::read_every(Duration::from_millis(beat.parse().expect("a number")));
-            return answer(&subscribe(Account { url, key, secret }, rooms).await);
+            let account = Account { url, key, secret };
+            return answer(&subscribe(account, rooms, how == "pcm").await);
         }
         ["join", url, key, secret, room] => {
             return answer(&join(Account { url, key, secret }, room).await);
@@ -73,6 +87,9 @@ async fn main() {
     }
     if wanted("join") {
         joins().await;
+    }
+    if wanted("peers") {
+        peers().await;
     }
     println!("{}", load());
 }
@@ -173,9 +190,30 @@ impl Stage {
     /// Has a subscriber do it, and returns what it measured.
     async fn subscriber<T: DeserializeOwned>(&self, what: &str, arguments: &[String]) -> T {
         let server = &self.0;
-        let output = Command::new(std::env::current_exe().expect("this program"))
+        let mut program = Command::new(std::env::current_exe().expect("this program"));
+        program
             .args([what, &server.url(), server.api_key(), server.api_secret()])
-            .args(arguments)
+            .args(arguments);
+        Self::figures(program).await
+    }
+
+    /// The same on the genuine libwebrtc.
+    async fn genuine(&self, rooms: &[String]) -> Heard {
+        let repository = Path::new(env!("CARGO_MANIFEST_DIR"));
+        let python = repository.join(".venv/bin/python");
+        assert!(python.exists(), "there is no .venv: tests/run makes it");
+        let mut program = Command::new(python);
+        program
+            .arg(repository.join("tests/clients/hear_rooms.py"))
+            .args(rooms)
+            .env("LIVEKIT_URL", self.0.url())
+            .env("LIVEKIT_API_KEY", self.0.api_key())
+            .env("LIVEKIT_API_SECRET", self.0.api_secret());
+        Self::figures(program).await
+    }
+
+    async fn figures<T: DeserializeOwned>(mut program: Command) -> T {
+        let output = program
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .kill_on_drop(true)
@@ -215,7 +253,7 @@ async fn compare(unit: &str, stages: &[&[usize]; 2], beat_ms: u64) {
             .map(|(room, count)| format!("{n}-{room}={count}"))
             .collect();
         let arguments = [vec![beat_ms.to_string()], rooms].concat();
-        let heard: Heard = stage.subscriber("subscribe", &arguments).await;
+        let heard: Heard = stage.subscriber("packets", &arguments).await;
         let (rooms, tracks) = (counts.len(), counts.iter().sum::<usize>());
         heard.print(rooms, tracks);
         figures.push((heard, rooms.max(tracks)));
@@ -230,6 +268,65 @@ async fn compare(unit: &str, stages: &[&[usize]; 2], beat_ms: u64) {
             (many.resident - few.resident) / further,
             (many.descriptors - few.descriptors) / further,
         );
+    }
+    stage.0.shutdown().await;
+}
+
+/// Ten voices in one room, and one in each of ten, heard by this engine and by the genuine one.
+async fn peers() {
+    let stage = Stage::new();
+    let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("crates/rehearsal/assets/brian.opus");
+    let recording = fs::read(file).expect("the recording");
+    let recording = Recording::from_ogg(&recording).expect("a recording");
+    for counts in [&[10][..], &[1; 10]] {
+        let rooms: Vec<_> = (counts.iter().enumerate())
+            .map(|(room, count)| format!("{}-{room}={count}", counts.len()))
+            .collect();
+        let mut speakers = Vec::new();
+        for room in &rooms {
+            let (name, count) = room.split_once('=').expect("name=tracks");
+            for who in 0..count.parse().expect("a number") {
+                let identity = format!("speaker-{who}");
+                let place = Place {
+                    url: &stage.0.url(),
+                    api_key: stage.0.api_key(),
+                    api_secret: stage.0.api_secret(),
+                    room: name,
+                    identity: &identity,
+                };
+                let joined = Voice::join(place, recording.clone()).await;
+                speakers.push(joined.expect("the speaker joins"));
+            }
+        }
+        let beat = |ms: u64| [vec![ms.to_string()], rooms.clone()].concat();
+        let [a, b] = BEATS_MS.map(beat);
+        let heard: [(&str, Heard); 4] = [
+            (
+                "genuine libwebrtc, PCM, in Python",
+                stage.genuine(&rooms).await,
+            ),
+            ("this engine, PCM", stage.subscriber("pcm", &a).await),
+            (
+                "this engine, packets",
+                stage.subscriber("packets", &a).await,
+            ),
+            (
+                "this engine, packets every 40 ms",
+                stage.subscriber("packets", &b).await,
+            ),
+        ];
+        println!("{} rooms x {} voices", counts.len(), counts[0]);
+        let genuine = &heard[0].1;
+        for (what, heard) in &heard {
+            println!(
+                "  {what:<42} {:6.2} % of a core (1/{:.0}), {:6.1} MB (1/{:.1})",
+                heard.cpu,
+                genuine.cpu / heard.cpu,
+                heard.resident / 1024.0,
+                genuine.resident / heard.resident,
+            );
+        }
+        join_all(speakers.into_iter().map(Voice::leave)).await;
     }
     stage.0.shutdown().await;
 }
@@ -280,6 +377,7 @@ fn answer(figures: &impl Serialize) {
 
 /// Of a subscriber that stays for a while. Times are in microseconds.
 #[derive(Default, Serialize, Deserialize)]
+#[serde(default)]
 struct Heard {
     /// In percent of a core.
     cpu: f64,
@@ -349,7 +447,7 @@ fn resident() -> f64 {
 type Measured = Mutex<Option<Heard>>;
 
 /// Hears every track of every room (`name=tracks`) for a while.
-async fn subscribe(account: Account<'_>, rooms: &[&str]) -> Heard {
+async fn subscribe(account: Account<'_>, rooms: &[&str], pcm: bool) -> Heard {
     departure::install();
     let heard: Arc<Measured> = Arc::default();
     let subscribed = Arc::new(AtomicUsize::new(0));
@@ -374,7 +472,10 @@ async fn subscribe(account: Account<'_>, rooms: &[&str]) -> Heard {
                 } = event
                 {
                     subscribed.fetch_add(1, Ordering::Relaxed);
-                    tokio::spawn(hear(track, heard.clone()));
+                    match pcm {
+                        true => tokio::spawn(listen(track)),
+                        false => tokio::spawn(hear(track, heard.clone())),
+                    };
                 }
             }
         });
@@ -408,6 +509,11 @@ async fn subscribe(account: Account<'_>, rooms: &[&str]) -> Heard {
         leave,
         ..measured
     }
+}
+
+async fn listen(track: RemoteAudioTrack) {
+    let mut stream = NativeAudioStream::new(track.rtc_track(), 48_000, 1);
+    while stream.next().await.is_some() {}
 }
 
 async fn hear(track: RemoteAudioTrack, heard: Arc<Measured>) {

@@ -7,7 +7,7 @@ use std::{
     pin::Pin,
     sync::Arc,
     task::{Context, Poll},
-    time::{Duration, Instant},
+    time::Instant,
 };
 
 use tokio_stream::Stream;
@@ -18,7 +18,7 @@ use crate::{audio_track::RtcAudioTrack, queue::Queue};
 /// all tracks of the process. Who looks for packets at moments of its own finds the latest ones
 /// shortly after these.
 #[cfg(feature = "encoded-audio")]
-pub fn beats() -> (Instant, Duration) {
+pub fn beats() -> (Instant, std::time::Duration) {
     crate::engine::beats()
 }
 
@@ -26,7 +26,7 @@ pub fn beats() -> (Instant, Duration) {
 /// Packets, also those of PCM streams, wait half of it on average; the longer it is, the less a track
 /// costs.
 #[cfg(feature = "encoded-audio")]
-pub fn read_every(period: Duration) {
+pub fn read_every(period: std::time::Duration) {
     crate::engine::set_beat(period);
 }
 

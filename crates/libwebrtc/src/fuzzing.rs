@@ -4,8 +4,12 @@
 use std::time::{Duration, Instant};
 
 use crate::{
-    engine::sdp,
+    engine::{
+        framing::{Framing, Inbound},
+        sdp, servers,
+    },
     opus::{self, Decoder},
+    peer_connection_factory::IceServer,
     playout::{Packet, Playout},
 };
 
@@ -25,6 +29,86 @@ pub fn description(data: &[u8]) {
         }
     }
     assert_eq!(sdp::rewrite(&once, |_| None), once);
+    // Whatever an offer adds to a last answer, no section of it is lost or there twice.
+    let halves = (text.get(..text.len() / 2), text.get(text.len() / 2..));
+    if let (Some(last), Some(more)) = halves {
+        let offer = format!("{last}\r\n{more}");
+        let last = sdp::rewrite(last, |_| None);
+        if let Some(answer) = sdp::unchanged(&offer, &last) {
+            let expected = sdp::sections(&offer).len();
+            assert_eq!(sdp::sections(&answer).len(), expected);
+        }
+    }
+}
+
+/// What comes over a stream, in pieces: what is put in comes out, and what makes no sense is told.
+pub fn stream(data: &[u8]) {
+    for framing in [Framing::Datagrams, Framing::Turn] {
+        pieces(framing, data, |_| {});
+
+        // Of channel data as much as each first byte says; datagrams may be anything.
+        let mut messages: Vec<Vec<u8>> = Vec::new();
+        let mut rest = data;
+        while let Some((length, following)) = rest.split_first() {
+            let (payload, next) = following.split_at(following.len().min((*length).into()));
+            rest = next;
+            messages.push(match framing {
+                Framing::Datagrams => payload.to_vec(),
+                Framing::Turn => [&[0x40, 0, 0, payload.len() as u8], payload].concat(),
+            });
+        }
+        let mut stream = Vec::new();
+        for message in &messages {
+            assert!(framing.append(message, &mut stream));
+        }
+        let mut expected = messages.iter();
+        assert!(pieces(framing, &stream, |message| {
+            assert_eq!(Some(message), expected.next().map(Vec::as_slice));
+        }));
+        assert_eq!(expected.next(), None);
+    }
+}
+
+/// Reads in pieces of growing length. Returns whether the stream could be followed.
+fn pieces(framing: Framing, mut data: &[u8], mut take: impl FnMut(&[u8])) -> bool {
+    let mut inbound = Inbound::new(framing);
+    for length in (1..).map(|n| n * n) {
+        if data.is_empty() {
+            break;
+        }
+        let space = inbound.space();
+        let length = space.len().min(length).min(data.len());
+        assert!(length > 0, "no room");
+        let (piece, rest) = data.split_at(length);
+        space[..length].copy_from_slice(piece);
+        data = rest;
+        inbound.fill(length);
+        loop {
+            match inbound.next() {
+                Ok(Some(message)) => take(message),
+                Ok(None) => break,
+                Err(_) => return false,
+            }
+        }
+    }
+    true
+}
+
+/// URLs of servers: what is taken is a host and a port.
+pub fn server(data: &[u8]) {
+    let url = String::from_utf8_lossy(data).into_owned();
+    let config = IceServer {
+        urls: vec![url.clone(), format!("turn:{url}"), format!("stun:[{url}]")],
+        username: String::new(),
+        password: String::new(),
+    };
+    let (usable, refused) = servers::servers(&[config]);
+    assert_eq!(usable.len() + refused.len(), 3);
+    for server in usable {
+        let target = &server.target;
+        assert!(target.port > 0 && !target.host.is_empty());
+        assert!(target.host.is_ascii() && !target.host.contains(['/', '@', ' ', '[', ']']));
+    }
 }
 
 /// Packets: as much comes out as a packet says that it holds, or nothing.
@@ -118,6 +202,16 @@ mod tests {
     #[test]
     fn descriptions() {
         replay("description", description);
+    }
+
+    #[test]
+    fn streams() {
+        replay("stream", stream);
+    }
+
+    #[test]
+    fn servers_of_a_configuration() {
+        replay("server", server);
     }
 
     #[test]

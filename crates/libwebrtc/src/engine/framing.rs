@@ -5,12 +5,12 @@ use std::ops::Range;
 
 /// Longest message that is taken, far more than any datagram of a session. A longer one means that
 /// the stream can't be followed any more.
-pub(super) const MAX_MESSAGE: usize = 8 << 10;
+pub(crate) const MAX_MESSAGE: usize = 8 << 10;
 /// One unfinished message, and what came with its end.
 const BUFFER: usize = 2 * MAX_MESSAGE;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Framing {
+pub(crate) enum Framing {
     Datagrams,
     Turn,
 }
@@ -25,7 +25,7 @@ struct Frame {
 
 /// The stream can't be followed.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) struct Broken(pub &'static str);
+pub(crate) struct Broken(pub &'static str);
 
 impl Framing {
     /// None if there is not enough to tell, or the message is not complete.
@@ -65,7 +65,7 @@ impl Framing {
     }
 
     /// Appends a message as it goes into the stream. False if it is too long for that.
-    pub(super) fn append(self, message: &[u8], stream: &mut Vec<u8>) -> bool {
+    pub(crate) fn append(self, message: &[u8], stream: &mut Vec<u8>) -> bool {
         if message.len() + 2 > MAX_MESSAGE {
             return false;
         }
@@ -85,14 +85,14 @@ impl Framing {
 }
 
 /// Bytes as they come from a stream, cut into messages.
-pub(super) struct Inbound {
+pub(crate) struct Inbound {
     framing: Framing,
     bytes: Box<[u8]>,
     filled: Range<usize>,
 }
 
 impl Inbound {
-    pub(super) fn new(framing: Framing) -> Self {
+    pub(crate) fn new(framing: Framing) -> Self {
         Self {
             framing,
             bytes: vec![0; BUFFER].into(),
@@ -101,7 +101,7 @@ impl Inbound {
     }
 
     /// Where to read into; never empty once all messages have been taken.
-    pub(super) fn space(&mut self) -> &mut [u8] {
+    pub(crate) fn space(&mut self) -> &mut [u8] {
         if self.filled.is_empty() {
             self.filled = 0..0;
         } else if self.filled.end > BUFFER - MAX_MESSAGE {
@@ -112,12 +112,12 @@ impl Inbound {
     }
 
     /// So many bytes were read into the space.
-    pub(super) fn fill(&mut self, len: usize) {
+    pub(crate) fn fill(&mut self, len: usize) {
         self.filled.end = (self.filled.end + len).min(BUFFER);
     }
 
     /// Takes the next complete message.
-    pub(super) fn next(&mut self) -> Result<Option<&[u8]>, Broken> {
+    pub(crate) fn next(&mut self) -> Result<Option<&[u8]>, Broken> {
         let bytes = &self.bytes[self.filled.clone()];
         let Some(frame) = self.framing.first(bytes)? else {
             return Ok(None);

@@ -176,7 +176,7 @@ pub(crate) fn rewrite(sdp: &str, shown: impl Fn(&str) -> Option<Shown>) -> Strin
 
 /// The answer to `offer` of a peer that leaves everything as it was in its `last` answer: what the
 /// offer adds to it is inactive. None if the offer adds nothing.
-pub(super) fn unchanged(offer: &str, last: &str) -> Option<String> {
+pub(crate) fn unchanged(offer: &str, last: &str) -> Option<String> {
     let known = sections(last).len();
     let added: Vec<&str> = sections(offer).iter().skip(known).map(|s| s.mid).collect();
     if added.is_empty() {

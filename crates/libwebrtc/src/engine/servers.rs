@@ -10,7 +10,7 @@ const MAX_SERVERS: usize = 8;
 const MAX_URL: usize = 512;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Transport {
+pub(crate) enum Transport {
     Udp,
     Tcp,
     Tls,
@@ -18,7 +18,7 @@ pub(super) enum Transport {
 
 /// What one URL says.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Target {
+pub(crate) struct Target {
     /// TURN; else STUN only.
     pub relay: bool,
     pub transport: Transport,
@@ -28,7 +28,7 @@ pub(super) struct Target {
 }
 
 #[derive(Clone, PartialEq, Eq)]
-pub(super) struct Server {
+pub(crate) struct Server {
     pub url: String,
     pub target: Target,
     pub username: String,
@@ -43,7 +43,7 @@ impl fmt::Debug for Server {
 }
 
 /// The usable servers, and the URLs that can't be used, each with the reason.
-pub(super) fn servers(config: &[IceServer]) -> (Vec<Server>, Vec<(String, &'static str)>) {
+pub(crate) fn servers(config: &[IceServer]) -> (Vec<Server>, Vec<(String, &'static str)>) {
     let (mut usable, mut refused) = (Vec::new(), Vec::new());
     for server in config {
         for url in &server.urls {
