@@ -1,7 +1,8 @@
-"""Joins a LiveKit room with the genuine Python SDK, publishes a pure tone and reports what it sees.
+"""Joins a LiveKit room with the genuine Python SDK, publishes a pure tone, steady or rising, and
+reports what it sees; it can keep what it hears.
 
 One JSON object a line on stdout, flushed, each with `event` and `t` (Unix time, seconds):
-joined, published, subscribed, tone_started, tone_ended, transcription, transcription_failed,
+joined, hears, published, subscribed, tone_started, tone_ended, transcription, transcription_failed,
 reconnecting, reconnected, disconnected (by the other side or the network; `reason` is the
 protocol's DisconnectReason), left (by ourselves), error. Diagnostics go to stderr.
 
@@ -54,6 +55,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--url", default=os.environ.get("LIVEKIT_URL"), help="or LIVEKIT_URL")
     parser.add_argument("--token", default=os.environ.get("LIVEKIT_TOKEN"), help="or LIVEKIT_TOKEN")
     parser.add_argument("--hz", type=float, default=440.0, help="pitch of the tone (default 440)")
+    parser.add_argument("--to-hz", type=float, help="pitch at the end, if the tone is to rise")
     parser.add_argument(
         "--seconds", type=float, default=5.0, help="length of the tone; 0 publishes nothing (default 5)"
     )
@@ -81,6 +83,12 @@ def parse_arguments() -> argparse.Namespace:
         "--linger", type=float, default=0.0, metavar="SECONDS", help="stay this long after the tone"
     )
     ending.add_argument(
+        "--hear",
+        metavar="FILE",
+        help="stay until a track is withdrawn that was heard, and write its sound to this file "
+        "(16 bit, mono, 48 kHz)",
+    )
+    ending.add_argument(
         "--stay", action="store_true", help="after the tone, stay until the server disconnects us"
     )
     arguments = parser.parse_args()
@@ -89,8 +97,9 @@ def parse_arguments() -> argparse.Namespace:
         parser.error("no URL: set LIVEKIT_URL or give --url")
     if not arguments.token:
         parser.error("no token: set LIVEKIT_TOKEN or give --token")
-    if not 0 < arguments.hz < SAMPLE_RATE / 2:
-        parser.error(f"--hz must lie between 0 and {SAMPLE_RATE // 2}")
+    arguments.to_hz = arguments.to_hz or arguments.hz
+    if not all(0 < hz < SAMPLE_RATE / 2 for hz in (arguments.hz, arguments.to_hz)):
+        parser.error(f"pitches must lie between 0 and {SAMPLE_RATE // 2}")
     if not 0 <= arguments.amplitude <= FULL_SCALE:
         parser.error(f"--amplitude must lie between 0 and {FULL_SCALE}")
     for name in ("seconds", "lead", "linger", "connect_timeout", "wait_subscriber"):
@@ -123,6 +132,8 @@ class ToneClient:
         self._disconnected = False
         self._leaving = False
         self._readers: set[asyncio.Task[None]] = set()
+        self._heard = bytearray()
+        self._withdrawn = asyncio.Event()
         self._observe_signals()
         self._observe_room()
 
@@ -144,6 +155,9 @@ class ToneClient:
         self._room.on("disconnected", self._on_disconnected)
         self._room.on("reconnecting", lambda: emit("reconnecting"))
         self._room.on("reconnected", lambda: emit("reconnected"))
+        if self._arguments.hear:
+            self._room.on("track_subscribed", self._on_track)
+            self._room.on("track_unsubscribed", lambda *_: self._withdrawn.set())
         # Before connecting: a stream without a handler when it begins is dropped.
         self._room.register_text_stream_handler(TRANSCRIPTION_TOPIC, self._on_transcription)
 
@@ -159,6 +173,18 @@ class ToneClient:
         task = asyncio.ensure_future(report_transcription(reader, identity))
         self._readers.add(task)
         task.add_done_callback(self._readers.discard)
+
+    def _on_track(self, track: rtc.Track, *_: Any) -> None:
+        self._listening = asyncio.ensure_future(self._listen(track))
+        emit("hears", track_sid=track.sid)
+
+    async def _listen(self, track: rtc.Track) -> None:
+        stream = rtc.AudioStream(track, sample_rate=SAMPLE_RATE, num_channels=1)
+        try:
+            async for event in stream:
+                self._heard += event.frame.data
+        finally:
+            await stream.aclose()
 
     def _end(self, code: int) -> None:
         if not self._ended.done():
@@ -188,7 +214,7 @@ class ToneClient:
     async def _publish(self) -> None:
         if self._arguments.seconds == 0:
             return
-        source = rtc.AudioSource(SAMPLE_RATE, 1, queue_size_ms=200)
+        source = rtc.AudioSource(SAMPLE_RATE, 1, queue_size_ms=1000)
         track = rtc.LocalAudioTrack.create_audio_track("tone", source)
         options = rtc.TrackPublishOptions(
             source=rtc.TrackSource.SOURCE_MICROPHONE,
@@ -216,12 +242,11 @@ class ToneClient:
                 )
             emit("subscribed", track_sid=publication.sid)
 
-        await self._unless_ended(
-            play_tone(source, self._arguments.hz, self._arguments.lead, amplitude=0)
-        )
+        pitch = (self._arguments.hz, self._arguments.to_hz)
+        await self._unless_ended(play_tone(source, pitch, self._arguments.lead, amplitude=0))
         emit("tone_started", track_sid=publication.sid, hz=self._arguments.hz)
         await self._unless_ended(
-            play_tone(source, self._arguments.hz, self._arguments.seconds, self._arguments.amplitude)
+            play_tone(source, pitch, self._arguments.seconds, self._arguments.amplitude)
         )
         emit("tone_ended", track_sid=publication.sid)
 
@@ -230,6 +255,11 @@ class ToneClient:
             code = await self._ended
             if code != EXIT_DISCONNECTED:
                 raise Ended(code)
+        elif self._arguments.hear:
+            await self._unless_ended(self._withdrawn.wait())
+            self._listening.cancel()
+            with open(self._arguments.hear, "wb") as file:
+                file.write(self._heard)
         elif self._arguments.linger > 0:
             await self._unless_ended(asyncio.sleep(self._arguments.linger))
 
@@ -277,14 +307,18 @@ async def report_transcription(reader: rtc.TextStreamReader, identity: str) -> N
     emit("transcription", text=text, attributes=reader.info.attributes or {}, identity=identity)
 
 
-async def play_tone(source: rtc.AudioSource, hz: float, seconds: float, amplitude: int) -> None:
+async def play_tone(
+    source: rtc.AudioSource, pitch: tuple[float, float], seconds: float, amplitude: int
+) -> None:
     """Feeds the tone at the source's own pace and returns when all of it has been played."""
-    step = 2 * math.pi * hz / SAMPLE_RATE
     total = round(seconds * SAMPLE_RATE)
+    first, last = (2 * math.pi * hz / SAMPLE_RATE for hz in pitch)
+    rise = (last - first) / max(total, 1)
     for start in range(0, total, FRAME_SAMPLES):
         samples = array.array("h", bytes(2 * FRAME_SAMPLES))
         for offset in range(min(FRAME_SAMPLES, total - start)):
-            samples[offset] = round(amplitude * math.sin(step * (start + offset)))
+            n = start + offset
+            samples[offset] = round(amplitude * math.sin((first + rise * n / 2) * n))
         await source.capture_frame(
             rtc.AudioFrame(
                 data=samples.tobytes(),

@@ -209,20 +209,17 @@ async fn post(address: &str, token: &str, body: &str) -> u16 {
 async fn pages_of_a_browser_hear_each_other_and_are_transcribed() {
     let stage = Stage::new().await;
     let daemon = Daemon::start(stage.config(), Sinks::default());
-    installed("tests/clients/browser/node_modules/livekit-client");
-    let mut program = Command::new("node");
+    let mut program = in_browser("call.mjs");
     program
-        .arg(repository("tests/clients/browser/call.mjs"))
-        .env("CHROMIUM", browser())
         .env("TOKEN_SINGLE", token(&stage, "single"))
         .env("TOKEN_DUAL", token(&stage, "dual"));
     let mut pages = Client::start(program, &stage);
     for page in ["single", "dual"] {
-        let heard = pages.says("hears", page).await;
+        let heard = pages.page_says("hears", page).await;
         assert_eq!(heard["lost"], 0, "{heard}");
         assert!(heard["packets"].as_u64() > Some(0), "{heard}");
         assert!(heard["energy"].as_f64() > Some(0.0), "{heard}");
-        pages.says("transcribed", page).await;
+        pages.page_says("transcribed", page).await;
     }
     stage
         .witnessed("two streams with 2 s of audio", |w| {
@@ -296,8 +293,18 @@ impl Client {
     }
 
     /// Waits until it says this of this page.
-    async fn says(&mut self, event: &str, page: &str) -> Value {
-        let is_it = |line: &Value| line["event"] == event && line["name"] == page;
+    async fn page_says(&mut self, event: &str, page: &str) -> Value {
+        self.tells(|line| line["event"] == event && line["name"] == page)
+            .await
+    }
+
+    /// Waits until it says this.
+    pub async fn says(&mut self, event: &str) -> Value {
+        self.tells(|line| line["event"] == event).await
+    }
+
+    /// Waits for a line like this, unless it has come before.
+    async fn tells(&mut self, is_it: impl Fn(&Value) -> bool) -> Value {
         if let Some(line) = self.said.iter().find(|line| is_it(line)) {
             return line.clone();
         }
@@ -311,7 +318,7 @@ impl Client {
         };
         match tokio::time::timeout(LIMIT, said).await {
             Ok(Some(line)) => line,
-            _ => panic!("{page} never said {event:?}, but {:#?}", self.said),
+            _ => panic!("it never said what is waited for, but {:#?}", self.said),
         }
     }
 
@@ -338,6 +345,17 @@ impl Client {
 pub fn python(program: &str) -> Command {
     let mut command = Command::new(installed(".venv/bin/python"));
     command.arg(repository("tests/clients").join(program));
+    command
+}
+
+/// One of the programs that drive a browser.
+pub fn in_browser(program: &str) -> Command {
+    let folder = "tests/clients/browser";
+    installed(&format!("{folder}/node_modules/livekit-client"));
+    let mut command = Command::new("node");
+    command
+        .arg(repository(folder).join(program))
+        .env("CHROMIUM", browser());
     command
 }
 

@@ -6,6 +6,7 @@
 mod agents;
 #[cfg(target_os = "linux")]
 mod blocked;
+mod both_ways;
 mod chaos;
 mod check;
 mod clients;

@@ -7,57 +7,24 @@
 // other's audio; `transcribed`, once a transcript of the page's own audio has come back. Stays until
 // standard input ends, then each page leaves (`left`). Exits with 0, or says on stderr what failed.
 
-import { once } from "node:events";
-import { createServer } from "node:http";
-import { createRequire } from "node:module";
 import { finished } from "node:stream/promises";
-import { chromium } from "playwright-core";
+import { bounded, emit, inBrowser } from "./browser.mjs";
 
-const sdk = createRequire(import.meta.url).resolve("livekit-client");
-const LIMIT_MS = 45_000;
 const TRANSCRIPTION_TOPIC = "lk.transcription";
 
-// From loopback, since browsers let only such pages use the microphone without TLS and connect to
-// servers on loopback.
-const site = createServer((_, response) => {
-  response.setHeader("content-type", "text/html").end("<!doctype html>");
-}).listen(0, "127.0.0.1");
-await once(site, "listening");
 const stdinEnded = finished(process.stdin.resume());
-const browser = await chromium.launch({
-  executablePath: process.env.CHROMIUM,
-  args: [
-    "--disable-gpu",
-    "--no-proxy-server",
-    "--use-fake-device-for-media-stream",
-    "--use-fake-ui-for-media-stream",
-    "--autoplay-policy=no-user-gesture-required",
-  ],
-});
-try {
+await inBrowser(async (open) => {
   const pages = {
-    single: await join("single", process.env.TOKEN_SINGLE, true),
-    dual: await join("dual", process.env.TOKEN_DUAL, false),
+    single: await join(open, "single", process.env.TOKEN_SINGLE, true),
+    dual: await join(open, "dual", process.env.TOKEN_DUAL, false),
   };
   await forEach(pages, (name, page) => listen(name, page));
   await stdinEnded;
   await forEach(pages, (name, page) => leave(name, page));
-} finally {
-  await browser.close();
-  site.close();
-}
+});
 
-async function join(name, token, singlePeerConnection) {
-  const context = await browser.newContext({ permissions: ["microphone"] });
-  const page = await context.newPage();
-  page.setDefaultTimeout(LIMIT_MS);
-  page.on("pageerror", (error) => console.error(name, error));
-  page.on("console", (message) => {
-    // Without queries of addresses: they have tokens.
-    if (message.type() === "error") console.error(name, message.text().replaceAll(/\?\S*/g, ""));
-  });
-  await page.goto(`http://127.0.0.1:${site.address().port}/`);
-  await page.addScriptTag({ path: sdk });
+async function join(open, name, token, singlePeerConnection) {
+  const page = await open(name);
   await bounded(`${name} joins`, page.evaluate(joinInPage, {
     url: process.env.LIVEKIT_URL,
     token,
@@ -119,18 +86,6 @@ async function hearInPage() {
 
 // End of what runs in the page.
 
-async function bounded(what, work) {
-  let timer;
-  const tooLate = new Promise((_, reject) => {
-    timer = setTimeout(() => reject(new Error(`${what}: not within ${LIMIT_MS} ms`)), LIMIT_MS);
-  });
-  return Promise.race([work, tooLate]).finally(() => clearTimeout(timer));
-}
-
 function forEach(pages, work) {
   return Promise.all(Object.entries(pages).map(([name, page]) => work(name, page)));
-}
-
-function emit(event, fields) {
-  console.log(JSON.stringify({ event, ...fields }));
 }

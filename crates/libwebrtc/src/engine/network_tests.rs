@@ -60,6 +60,7 @@ use crate::{
     },
     peer_connection_factory::{IceServer, IceTransportsType, RtcConfiguration},
     session_description::SessionDescription,
+    stats::RtcStats,
 };
 
 /// Generous: a test that gets here has failed.
@@ -867,20 +868,65 @@ struct Line {
     _tasks: JoinSet<()>,
 }
 
+/// What a line does to datagrams.
+#[derive(Clone, Copy, Default)]
+struct Bad {
+    /// Of a thousand.
+    loss: u64,
+    repeats: u64,
+    /// Milliseconds, at most.
+    jitter: u64,
+}
+
 #[derive(Default)]
 struct Control {
-    /// Of a thousand.
-    loss: AtomicU64,
-    repeats: AtomicU64,
-    /// Milliseconds, at most.
-    jitter: AtomicU64,
-    /// Numbers of the RTP packets that got through to B, by source.
-    passed: Mutex<HashSet<(u32, u16)>>,
-    lost: AtomicU64,
+    bad: Mutex<Bad>,
+    account: Mutex<Account>,
+}
+
+/// Of the RTP packets to B, by their numbers.
+#[derive(Clone, Default)]
+struct Account {
+    dropped: Vec<u16>,
+    /// As they were sent on, each time.
+    passed: Vec<u16>,
+}
+
+impl Account {
+    /// In the order in which they came through first.
+    fn arrivals(&self) -> Vec<u16> {
+        let mut known = HashSet::new();
+        let passed = self.passed.iter().copied();
+        passed.filter(|number| known.insert(*number)).collect()
+    }
+}
+
+/// Those that a later one had overtaken.
+fn late(arrivals: &[u16]) -> usize {
+    let mut highest = arrivals[0];
+    let is_late = |number: &&u16| {
+        let late = (number.wrapping_sub(highest) as i16) < 0;
+        highest = if late { highest } else { **number };
+        late
+    };
+    arrivals.iter().filter(is_late).count()
+}
+
+/// A linear congruence, good enough for dice.
+struct Dice(u64);
+
+impl Dice {
+    fn below(&mut self, limit: u64) -> u64 {
+        self.0 = self
+            .0
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1_442_695_040_888_963_407);
+        (self.0 >> 33) % limit
+    }
 }
 
 impl Line {
-    async fn new(seed: u64) -> Self {
+    async fn new() -> Self {
         let at_a = Arc::new(UdpSocket::bind((LOCALHOST, 0)).await.unwrap());
         let at_b = Arc::new(UdpSocket::bind((LOCALHOST, 0)).await.unwrap());
         let control = Arc::new(Control::default());
@@ -893,14 +939,8 @@ impl Line {
             };
             let (control, peers) = (control.clone(), peers.clone());
             tasks.spawn(async move {
-                let mut state = seed * 2 + side as u64 + 1;
-                let mut chance = move || {
-                    // A linear congruence, good enough for dice.
-                    state = state
-                        .wrapping_mul(6_364_136_223_846_793_005)
-                        .wrapping_add(1_442_695_040_888_963_407);
-                    state >> 33
-                };
+                // Sound has its own, so that the same of it is lost in each run.
+                let mut dice = [Dice(1), Dice(2)];
                 let mut delayed = JoinSet::new();
                 let mut buffer = vec![0; 4096];
                 loop {
@@ -915,29 +955,29 @@ impl Line {
                     let Some(destination) = peers.lock()[1 - side] else {
                         continue;
                     };
-                    if chance() % 1000 < control.loss.load(Ordering::Relaxed) {
-                        control.lost.fetch_add(1, Ordering::Relaxed);
+                    let packet = buffer[..len].to_vec();
+                    let number = rtp_number(&packet).filter(|_| side == 0);
+                    let dice = &mut dice[usize::from(number.is_some())];
+                    let bad = *control.bad.lock();
+                    if dice.below(1000) < bad.loss {
+                        control.account.lock().dropped.extend(number);
                         continue;
                     }
-                    let packet = buffer[..len].to_vec();
-                    if side == 0
-                        && let Some(number) = rtp_number(&packet)
-                    {
-                        control.passed.lock().insert(number);
-                    }
-                    let repeats = control.repeats.load(Ordering::Relaxed);
-                    let copies = 1 + usize::from(chance() % 1000 < repeats);
+                    let copies = 1 + usize::from(dice.below(1000) < bad.repeats);
                     for _ in 0..copies {
-                        let jitter = control.jitter.load(Ordering::Relaxed);
-                        if jitter == 0 {
+                        let wait = Duration::from_millis(dice.below(bad.jitter + 1));
+                        let (to, packet, control) = (to.clone(), packet.clone(), control.clone());
+                        let pass = async move {
+                            control.account.lock().passed.extend(number);
                             let _ = to.send_to(&packet, destination).await;
+                        };
+                        if bad.jitter == 0 {
+                            pass.await;
                             continue;
                         }
-                        let wait = Duration::from_millis(chance() % (jitter + 1));
-                        let (to, packet) = (to.clone(), packet.clone());
                         delayed.spawn(async move {
                             sleep(wait).await;
-                            let _ = to.send_to(&packet, destination).await;
+                            pass.await;
                         });
                     }
                 }
@@ -950,29 +990,61 @@ impl Line {
             _tasks: tasks,
         }
     }
+
+    fn account(&self) -> Account {
+        self.control.account.lock().clone()
+    }
+
+    /// Waits until so many RTP packets to B got through or were lost.
+    async fn has_seen(&self, count: usize) {
+        timeout(LIMIT, async {
+            let seen = || {
+                let account = self.account();
+                account.arrivals().len() + account.dropped.len()
+            };
+            while seen() < count {
+                sleep(Duration::from_millis(5)).await;
+            }
+        })
+        .await
+        .unwrap_or_else(|_| panic!("not {count} packets"));
+    }
 }
 
-/// Source and number, if it is RTP (RFC 7983, RFC 5761).
-fn rtp_number(packet: &[u8]) -> Option<(u32, u16)> {
+/// Its number, if it is RTP (RFC 7983, RFC 5761).
+fn rtp_number(packet: &[u8]) -> Option<u16> {
     let rtp = packet.len() >= 12 && packet[0] >> 6 == 2 && !(64..96).contains(&(packet[1] & 0x7f));
-    rtp.then(|| {
-        (
-            u32::from_be_bytes([packet[8], packet[9], packet[10], packet[11]]),
-            u16::from_be_bytes([packet[2], packet[3]]),
-        )
-    })
+    rtp.then(|| u16::from_be_bytes([packet[2], packet[3]]))
 }
 
-/// Sends 50 packets a second over a bad line for `seconds`; the connection stays, and exactly what
-/// got through is heard.
-async fn over_a_bad_line(loss: u64, jitter: u64, repeats: u64, seconds: u64) {
+/// Packets received and lost, as the report for one source has them.
+async fn counts(end: &End) -> (u64, i64) {
+    let report = end.pc.get_stats().await.unwrap();
+    let inbound: Vec<_> = report
+        .iter()
+        .filter_map(|stats| match stats {
+            RtcStats::InboundRtp(inbound) => Some(&inbound.received),
+            _ => None,
+        })
+        .collect();
+    let [received] = inbound[..] else {
+        panic!("not one source: {report:#?}");
+    };
+    (received.packets_received, received.packets_lost)
+}
+
+/// Sends 50 packets a second over a line that is good, bad for `seconds`, and good again: the
+/// connection stays, exactly what got through is heard, and what is counted as lost is what was.
+/// Returns the line's account.
+async fn over_a_bad_line(bad: Bad, seconds: usize) -> Account {
     const PACKET: Duration = Duration::from_millis(20);
+    const GOOD: usize = 50;
     let (mut a, mut b) = (End::new(), End::new());
     let source = NativeAudioSource::new(AudioSourceOptions::default(), 48_000, 1, 0);
     let track = RtcAudioTrack::new("sound".to_owned(), Some(source.clone()));
     a.pc.add_track(track.into(), &["stream"]).unwrap();
     let mine = negotiate_with_channel(&a, &b).await;
-    let line = Line::new(loss + jitter).await;
+    let line = Line::new().await;
     a.add(&host(line.to_b)).await;
     b.add(&host(line.to_a)).await;
     a.reaches(PeerConnectionState::Connected).await;
@@ -983,72 +1055,113 @@ async fn over_a_bad_line(loss: u64, jitter: u64, repeats: u64, seconds: u64) {
     let mut stream = EncodedAudioStream::new(&heard, 4096);
 
     let mut ticks = tokio::time::interval(PACKET);
-    for number in 0..10 + seconds * 50 {
-        // The first ones in order: what overtakes the very first of a source leaves it behind.
-        if number == 10 {
-            timeout(LIMIT, async {
-                while line.control.passed.lock().len() < 10 {
-                    sleep(Duration::from_millis(5)).await;
-                }
-            })
-            .await
-            .unwrap();
-            line.control.loss.store(loss, Ordering::Relaxed);
-            line.control.jitter.store(jitter, Ordering::Relaxed);
-            line.control.repeats.store(repeats, Ordering::Relaxed);
+    let mut sent = 0;
+    for (bad, count) in [
+        (Bad::default(), GOOD),
+        (bad, seconds * 50),
+        (Bad::default(), GOOD),
+    ] {
+        *line.control.bad.lock() = bad;
+        for _ in 0..count {
+            ticks.tick().await;
+            source
+                .capture_encoded(&[0xf8, sent as u8], PACKET, None)
+                .unwrap();
+            sent += 1;
         }
-        ticks.tick().await;
-        source
-            .capture_encoded(&[0xf8, number as u8], PACKET, None)
-            .unwrap();
+        line.has_seen(sent).await;
     }
-    line.control.loss.store(0, Ordering::Relaxed);
     // Messages are repeated until they arrive.
     talk(&mine, &mut b).await;
-    sleep(Duration::from_millis(jitter + 100)).await;
 
-    let mut numbers = HashSet::new();
-    while let Ok(Some(frame)) = timeout(Duration::from_millis(500), stream.next()).await {
-        assert!(numbers.insert(frame.sequence as u16), "heard twice");
+    let account = line.account();
+    let arrivals = account.arrivals();
+    assert_eq!(arrivals.len() + account.dropped.len(), sent);
+    let (mut numbers, mut missing) = (Vec::new(), 0);
+    while numbers.len() < arrivals.len() {
+        let frame = timeout(LIMIT, stream.next()).await;
+        let frame = frame.expect("what got through").expect("not ended");
+        numbers.push(frame.sequence as u16);
+        missing += frame.missing as usize;
     }
-    let passed: HashSet<u16> = {
-        let passed = line.control.passed.lock();
-        passed.iter().map(|(_, number)| *number).collect()
-    };
-    assert_eq!(numbers.len(), passed.len());
-    assert_eq!(numbers, passed);
-    assert!(passed.len() as u64 <= 10 + seconds * 50);
-    if loss > 0 {
-        assert!(line.control.lost.load(Ordering::Relaxed) > 0);
-        assert!((passed.len() as u64) < 10 + seconds * 50);
-    }
+    assert_eq!(numbers, arrivals);
+    // Each was missed that is lost or came late.
+    assert_eq!(missing, account.dropped.len() + late(&arrivals));
+    let (received, lost) = counts(&b).await;
+    assert_eq!(
+        (received, lost),
+        (arrivals.len() as u64, account.dropped.len() as i64)
+    );
+    assert_eq!(stream.dropped(), 0);
+    // Long after the last repeat.
+    let more = timeout(Duration::from_millis(500), stream.next()).await;
+    assert!(more.is_err(), "heard twice: {more:?}");
     for end in [&mut a, &mut b] {
         assert_eq!(end.pc.connection_state(), PeerConnectionState::Connected);
         assert!(end.states.try_recv().is_err(), "another state on the way");
     }
+    println!(
+        "{sent} sent, {} lost, {} late, {} repeated; counted {received} received, {lost} lost, \
+         {missing} missing",
+        account.dropped.len(),
+        late(&arrivals),
+        account.passed.len() - arrivals.len(),
+    );
+    account
 }
 
 #[tokio::test]
 async fn one_datagram_in_a_hundred_is_lost() {
-    over_a_bad_line(10, 0, 0, 6).await;
+    let bad = Bad {
+        loss: 10,
+        ..Bad::default()
+    };
+    let account = over_a_bad_line(bad, 6).await;
+    assert!((1..10).contains(&account.dropped.len()));
 }
 
 #[tokio::test]
 async fn one_datagram_in_twenty_is_lost_and_the_rest_jitters() {
-    over_a_bad_line(50, 40, 0, 6).await;
+    let bad = Bad {
+        loss: 50,
+        jitter: 40,
+        ..Bad::default()
+    };
+    let account = over_a_bad_line(bad, 6).await;
+    assert!((5..30).contains(&account.dropped.len()));
+    assert!(late(&account.arrivals()) > 0);
 }
 
 #[tokio::test]
 async fn one_datagram_in_five_is_lost() {
-    over_a_bad_line(200, 0, 0, 10).await;
+    let bad = Bad {
+        loss: 200,
+        ..Bad::default()
+    };
+    let account = over_a_bad_line(bad, 10).await;
+    assert!((75..125).contains(&account.dropped.len()));
 }
 
 #[tokio::test]
 async fn datagrams_are_reordered_and_repeated() {
-    over_a_bad_line(0, 100, 100, 6).await;
+    let bad = Bad {
+        jitter: 100,
+        repeats: 100,
+        ..Bad::default()
+    };
+    let account = over_a_bad_line(bad, 6).await;
+    let arrivals = account.arrivals();
+    assert!(account.dropped.is_empty());
+    assert!(late(&arrivals) > 50);
+    assert!(account.passed.len() > arrivals.len() + 10);
 }
 
 #[tokio::test]
 async fn nothing_passes_for_five_seconds() {
-    over_a_bad_line(1000, 0, 0, 5).await;
+    let bad = Bad {
+        loss: 1000,
+        ..Bad::default()
+    };
+    let account = over_a_bad_line(bad, 5).await;
+    assert_eq!(account.dropped.len(), 250);
 }
