@@ -318,6 +318,10 @@ async fn peers() {
         println!("{} rooms x {} voices", counts.len(), counts[0]);
         let genuine = &heard[0].1;
         for (what, heard) in &heard {
+            let sound = heard.frames as f64 / 10.0 + heard.packets as f64 / 50.0;
+            let voices = counts.iter().sum::<usize>() as f64;
+            let share = sound / voices / WINDOW.as_secs_f64();
+            assert!((0.9..1.1).contains(&share), "{what}: heard {share} of it");
             println!(
                 "  {what:<42} {:6.2} % of a core (1/{:.0}), {:6.1} MB (1/{:.1})",
                 heard.cpu,
@@ -385,6 +389,8 @@ struct Heard {
     resident: f64,
     descriptors: f64,
     packets: u64,
+    /// Of PCM, 100 ms each.
+    frames: u64,
     missing: u64,
     dropped: u64,
     join: Vec<u32>,
@@ -473,7 +479,7 @@ async fn subscribe(account: Account<'_>, rooms: &[&str], pcm: bool) -> Heard {
                 {
                     subscribed.fetch_add(1, Ordering::Relaxed);
                     match pcm {
-                        true => tokio::spawn(listen(track)),
+                        true => tokio::spawn(listen(track, heard.clone())),
                         false => tokio::spawn(hear(track, heard.clone())),
                     };
                 }
@@ -511,9 +517,16 @@ async fn subscribe(account: Account<'_>, rooms: &[&str], pcm: bool) -> Heard {
     }
 }
 
-async fn listen(track: RemoteAudioTrack) {
+async fn listen(track: RemoteAudioTrack, heard: Arc<Measured>) {
     let mut stream = NativeAudioStream::new(track.rtc_track(), 48_000, 1);
-    while stream.next().await.is_some() {}
+    let mut samples = 0;
+    while let Some(frame) = stream.next().await {
+        samples += u64::from(frame.samples_per_channel);
+        if let Some(heard) = &mut *locked(&heard) {
+            heard.frames += samples / 4_800;
+            samples %= 4_800;
+        }
+    }
 }
 
 async fn hear(track: RemoteAudioTrack, heard: Arc<Measured>) {

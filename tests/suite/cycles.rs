@@ -1,5 +1,5 @@
-//! Many rooms come and go, every second one left while somebody still speaks in it; what is held
-//! must not grow. ROOMWARDEN_CYCLES sets how many (by default a short run of what is meant for 1000).
+//! Many rooms come and go, most of them left while somebody still speaks in them; what is held must
+//! not grow. ROOMWARDEN_CYCLES sets how many (by default a short run of what is meant for 1000).
 
 use std::{
     fs,
@@ -106,9 +106,9 @@ impl Held {
 }
 
 fn held(pid: u32) -> Held {
-    let status = fs::read_to_string(format!("/proc/{pid}/status")).expect("its status");
-    let field = |name: &str| {
-        let line = status
+    let field = |file: &str, name: &str| {
+        let text = fs::read_to_string(format!("/proc/{pid}/{file}")).expect(file);
+        let line = text
             .lines()
             .find(|line| line.starts_with(name))
             .expect("field");
@@ -122,8 +122,9 @@ fn held(pid: u32) -> Held {
         .count();
     Held {
         descriptors,
-        threads: field("Threads:"),
-        memory_kb: field("RssAnon:"),
+        threads: field("status", "Threads:"),
+        // The status has about the same, but may be wrong by some hundred KB.
+        memory_kb: field("smaps_rollup", "Anonymous:"),
     }
 }
 

@@ -22,7 +22,23 @@ const MAX_LINKS: usize = 8;
 
 pub(super) enum Role {
     Peer(Dialled),
-    Relay(Server),
+    Relay(Called),
+}
+
+/// A connection to a server.
+pub(super) struct Called {
+    pub server: Server,
+    /// Our end, once it is open.
+    pub local: Option<SocketAddr>,
+    /// From before a restart of ICE, which comes when a network has changed: nobody may have noticed
+    /// yet that it is dead.
+    stale: bool,
+}
+
+/// What is gone: a candidate that stood on a connection, or our end of one to a server.
+pub(super) enum Gone {
+    Candidate(Candidate),
+    Called(SocketAddr),
 }
 
 /// A connection to a passive candidate of the peer (RFC 6544).
@@ -73,7 +89,12 @@ impl Links {
     ) -> bool {
         let tls = tls.map(|config| (config, server.target.host.clone()));
         let link = Link::open(addresses, Framing::Turn, tls);
-        self.add(link, Role::Relay(server))
+        let called = Called {
+            server,
+            local: None,
+            stale: false,
+        };
+        self.add(link, Role::Relay(called))
     }
 
     fn add(&mut self, link: Link, role: Role) -> bool {
@@ -86,7 +107,10 @@ impl Links {
 
     /// To that server, with whichever credentials.
     pub(super) fn leads_to(&self, url: &str) -> bool {
-        let leads = |(_, role): &(Link, Role)| matches!(role, Role::Relay(to) if to.url == url);
+        let leads = |(_, role): &(Link, Role)| match role {
+            Role::Peer(_) => false,
+            Role::Relay(called) => called.server.url == url && !called.stale,
+        };
         self.0.iter().any(leads)
     }
 
@@ -143,27 +167,28 @@ impl Links {
     }
 
     /// ICE was restarted: what is from before the last one goes, what is from before this one is
-    /// stale. Returns the candidates that are gone.
-    pub(super) fn age(&mut self) -> Vec<Candidate> {
-        let gone = self.hang_up(|dialled| dialled.stale);
+    /// stale.
+    pub(super) fn age(&mut self) -> Vec<Gone> {
+        let stale = |role: &Role| match role {
+            Role::Peer(dialled) => dialled.stale,
+            Role::Relay(called) => called.stale,
+        };
+        let gone = self.hang_up(stale);
         for (_, role) in &mut self.0 {
-            if let Role::Peer(dialled) = role {
-                dialled.stale = true;
+            match role {
+                Role::Peer(dialled) => dialled.stale = true,
+                Role::Relay(called) => called.stale = true,
             }
         }
         gone
     }
 
-    /// Drops connections to the peer. Returns the candidates that are gone.
-    pub(super) fn hang_up(&mut self, which: impl Fn(&Dialled) -> bool) -> Vec<Candidate> {
-        let which = |(_, role): &mut (Link, Role)| match role {
-            Role::Peer(dialled) => which(dialled),
-            Role::Relay(_) => false,
-        };
-        let gone = self.0.extract_if(.., which);
+    /// Drops connections.
+    pub(super) fn hang_up(&mut self, which: impl Fn(&Role) -> bool) -> Vec<Gone> {
+        let gone = self.0.extract_if(.., |(_, role)| which(role));
         gone.filter_map(|(_, role)| match role {
-            Role::Peer(dialled) => dialled.candidate,
-            Role::Relay(_) => None,
+            Role::Peer(dialled) => dialled.candidate.map(Gone::Candidate),
+            Role::Relay(called) => called.local.map(Gone::Called),
         })
         .collect()
     }

@@ -79,7 +79,7 @@ impl Session {
         media.remote_pts().iter().copied().find(is_opus)
     }
 
-    /// Returns false if the packet can't go now: not connected, or the section does not send.
+    /// Returns false if the packet can't go now: never connected, or the section does not send.
     /// Nothing is queued then, as it would be too late when it went.
     pub(crate) fn send_audio(
         &mut self,

@@ -259,8 +259,10 @@ impl Session {
     /// kilobytes of buffers, time with each packet, and a report of nothing a second.
     fn drop_sources(&mut self) {
         let Some(rtc) = &mut self.rtc else { return };
-        for transceiver in self.transceivers.iter().filter(|t| !t.direction().sends()) {
-            let Some(mid) = transceiver.bound_mid() else {
+        for transceiver in &self.transceivers {
+            // One that has sent keeps its source, for its sequence numbers go on.
+            let idle = !transceiver.direction().sends() && transceiver.sender().sent().packets == 0;
+            let Some(mid) = transceiver.bound_mid().filter(|_| idle) else {
                 continue;
             };
             let mut api = rtc.direct_api();

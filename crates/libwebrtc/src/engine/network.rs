@@ -27,7 +27,7 @@ use super::{
     faults::{Fault, Faults},
     interfaces,
     link::{LinkEvent, system_tls},
-    links::{Links, Role},
+    links::{Called, Gone, Links, Role},
     reflexive::{Answer, Queries},
     relay::{Incoming, Relay, RelayEvent, UNREACHABLE},
     servers::{self, Server, Transport},
@@ -150,7 +150,7 @@ impl Network {
             NetworkRequest::Gather => self.gather(now).await,
             NetworkRequest::Restart => {
                 let gone = self.links.age();
-                self.news.extend(gone.into_iter().map(News::Withdrawn));
+                self.withdraw(gone);
                 self.gather(now).await;
             }
             NetworkRequest::Towards(ip) => self.reach(now, ip).await,
@@ -242,7 +242,8 @@ impl Network {
         }
         let (mut read, mut media) = (0, 0);
         INBOX.with_borrow_mut(|inbox| {
-            loop {
+            // An error that stays is not read for ever either.
+            for _ in 0..BATCH {
                 self.sockets.receive(index, inbox);
                 for datagram in inbox.datagrams() {
                     read += 1;
@@ -420,8 +421,9 @@ impl Network {
             .retain_candidates(|candidate| allows(policy, candidate));
         self.news.extend(gone.into_iter().map(News::Withdrawn));
         if policy != IceTransportsType::All {
-            let gone = self.links.hang_up(|_| true);
-            self.news.extend(gone.into_iter().map(News::Withdrawn));
+            let to_peer = |role: &Role| matches!(role, Role::Peer(_));
+            let gone = self.links.hang_up(to_peer);
+            self.withdraw(gone);
         }
     }
 
@@ -627,8 +629,9 @@ impl Network {
 
     fn on_link_open(&mut self, now: Instant, index: usize, local: SocketAddr, remote: SocketAddr) {
         match self.links.get_mut(index).1 {
-            Role::Relay(server) => {
-                let relay = Relay::new(now, server.clone(), local, remote);
+            Role::Relay(called) => {
+                called.local = Some(local);
+                let relay = Relay::new(now, called.server.clone(), local, remote);
                 self.relays.push(relay);
             }
             Role::Peer(dialled) => {
@@ -655,14 +658,37 @@ impl Network {
                 log::debug!("connection to {}: {err}", dialled.to);
                 self.news.extend(dialled.candidate.map(News::Withdrawn));
             }
-            Role::Relay(server) => {
-                let on_link = |relay: &mut Relay| *relay.server() == server;
-                let lost: Vec<_> = self.relays.extract_if(.., on_link).collect();
-                for relayed in lost.iter().flat_map(Relay::relayed) {
-                    self.withdraw_relayed(*relayed);
-                }
+            Role::Relay(Called { server, local, .. }) => {
+                self.withdraw(local.map(Gone::Called));
                 self.report(None, &server.url, UNREACHABLE, &err.to_string());
+                self.use_new_credentials(&server);
             }
+        }
+    }
+
+    fn withdraw(&mut self, gone: impl IntoIterator<Item = Gone>) {
+        for gone in gone {
+            match gone {
+                Gone::Candidate(candidate) => self.news.push_back(News::Withdrawn(candidate)),
+                Gone::Called(local) => {
+                    let over_it = |relay: &mut Relay| {
+                        relay.local() == local && relay.server().target.transport != Transport::Udp
+                    };
+                    let lost: Vec<_> = self.relays.extract_if(.., over_it).collect();
+                    for relayed in lost.iter().flat_map(Relay::relayed) {
+                        self.withdraw_relayed(*relayed);
+                    }
+                }
+            }
+        }
+    }
+
+    /// An allocation is over: others are due, if some have come meanwhile.
+    fn use_new_credentials(&mut self, server: &Server) {
+        let mut servers = self.servers.iter();
+        let current = servers.find(|current| current.url == server.url);
+        if current.is_some_and(|current| current != server) {
+            self.look_up();
         }
     }
 
@@ -703,12 +729,7 @@ impl Network {
                     if stream {
                         self.links.remove_from(local);
                     }
-                    // Now other credentials are due, if some have come meanwhile.
-                    let mut servers = self.servers.iter();
-                    let current = servers.find(|current| current.url == server.url);
-                    if current.is_some_and(|current| *current != server) {
-                        self.look_up();
-                    }
+                    self.use_new_credentials(&server);
                     return;
                 }
             }
@@ -1021,6 +1042,34 @@ mod tests {
                 assert_eq!(passwords(&mut network, now, addr).await, after, "{url}");
             }
         }
+    }
+
+    #[tokio::test]
+    async fn a_restart_calls_servers_anew_and_a_connection_that_ends_has_new_credentials_used() {
+        let config = |password: &str| {
+            let mut config = with_server("turn:127.0.0.1?transport=tcp", IceTransportsType::Relay);
+            config.ice_servers[0].password = password.to_owned();
+            config
+        };
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let addr = listener.local_addr().unwrap();
+        let (mut network, now) = (Network::new(&config("old"), None), Instant::now());
+        network.handle(now, NetworkRequest::Gather).await;
+        assert_eq!(passwords(&mut network, now, addr).await, ["old"]);
+        // The one before may be in use still, the one before that is not.
+        for _ in 0..3 {
+            network.handle(now, NetworkRequest::Restart).await;
+            assert_eq!(passwords(&mut network, now, addr).await, ["old", "old"]);
+            assert_eq!(network.links.len(), 2);
+        }
+
+        network
+            .handle(now, NetworkRequest::Configure(config("new")))
+            .await;
+        assert_eq!(passwords(&mut network, now, addr).await, ["old", "old"]);
+        let lost = io::Error::from(io::ErrorKind::ConnectionReset);
+        network.on_link_closed(1, &lost);
+        assert_eq!(passwords(&mut network, now, addr).await, ["old", "new"]);
     }
 
     #[tokio::test]
