@@ -34,6 +34,12 @@ impl Session {
     ) -> Result<RtpTransceiver, RtcError> {
         self.check_open()?;
         let transceiver = RtpTransceiver::new(kind, init, self.peer.clone());
+        // The SDK adds some for video in advance. They are not offered: servers ask for sections when
+        // there is something to put in, over and over until they have them, so later ones are.
+        let in_advance = self.local.is_none() && self.remote.is_none();
+        if kind == MediaType::Video && in_advance {
+            return Ok(transceiver);
+        }
         self.transceivers.push(transceiver.clone());
         self.flag_negotiation();
         Ok(transceiver)

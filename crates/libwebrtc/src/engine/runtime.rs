@@ -101,9 +101,9 @@ impl Shared {
             .clear_codecs()
             // Without RED (RFC 2198): the server then strips it, and packets are plain Opus.
             .enable_opus(true, false)
-            // Never sent, dropped when received, and never offered unless the SDK adds a section for
-            // it; but sections without a codec in common are refused, and the SDK adds some. So one of
-            // these, and of H.264 below, of which every server has at least one.
+            // Never sent, dropped when received, and offered only if a server asks for sections; but
+            // those without a codec in common are refused. So one of these, and of H.264 below, of which
+            // every server has at least one.
             .enable_vp8(true)
             // Not the numbers for estimates of bandwidth: voices need none, and a report every 50 ms
             // would be sent for them.

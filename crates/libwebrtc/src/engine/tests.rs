@@ -736,6 +736,34 @@ fn an_offer_whose_answer_was_lost_is_made_again_with_the_same_sections() {
 }
 
 #[test]
+fn video_is_offered_only_when_it_is_asked_for() {
+    let mut wire = Wire::new();
+    wire.a.add_channel("first");
+    let add_video = |side: &mut Side| {
+        let init = RtpTransceiverInit {
+            direction: Direction::RecvOnly,
+            stream_ids: vec![],
+            send_encodings: vec![],
+        };
+        side.session
+            .add_transceiver(MediaType::Video, init)
+            .unwrap()
+    };
+    let in_advance = add_video(&mut wire.a);
+    wire.a.add_audio(Direction::RecvOnly, "");
+    wire.negotiate();
+    let offers = |wire: &Wire| wire.a.session.local_description().unwrap().to_string();
+    assert!(!offers(&wire).contains("m=video"));
+
+    let asked_for = add_video(&mut wire.a);
+    wire.negotiate();
+    assert_eq!(offers(&wire).matches("m=video").count(), 1);
+    assert!(asked_for.mid().is_some() && in_advance.mid().is_none());
+    wire.pass(Duration::from_secs(1));
+    assert_eq!(wire.a.state(), PeerConnectionState::Connected);
+}
+
+#[test]
 fn a_section_that_only_received_has_no_source_until_it_sends() {
     let mut ends = None;
     let mut wire = Wire::connected(|wire| {
