@@ -434,12 +434,16 @@ impl Fuzzer {
         let mut add = |name: &str, value: &str| headers.push((name.to_owned(), value.to_owned()));
         let here = daemon.address.to_string();
         let mut place = Place::Ours;
+        let mut evil = false;
         match self.random.u8(..60) {
             n @ 0..6 => {
                 place = Place::OtherHost;
                 match n {
                     0 => {}
-                    1 => add("Host", "evil.example"),
+                    1 => {
+                        add("Host", "evil.example");
+                        evil = true;
+                    }
                     2 => add("Host", "localhost@evil.example:1"),
                     3 => add("Host", ""),
                     4 => add("Host", "\u{fc}:\u{fc}"),
@@ -454,7 +458,10 @@ impl Fuzzer {
         }
         match self.random.u8(..40) {
             n @ 0..4 => {
-                place = Place::OtherSite;
+                // Who thinks that the host has that name, comes from no other site.
+                if !(evil && n == 1) {
+                    place = Place::OtherSite;
+                }
                 match n {
                     0 => add("Origin", "null"),
                     1 => add("Origin", "https://evil.example"),
