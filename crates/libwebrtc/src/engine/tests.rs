@@ -173,6 +173,15 @@ impl Wire {
         wire
     }
 
+    /// Connected, and A sends audio to B.
+    fn one_way() -> (Self, RtpTransceiver) {
+        let mut sending = None;
+        let wire = Self::connected(|wire| {
+            sending = Some(wire.a.add_audio(Direction::SendOnly, "of-a"));
+        });
+        (wire, sending.unwrap())
+    }
+
     /// A offers, B answers.
     fn negotiate(&mut self) {
         self.negotiate_with(&OfferOptions::default());
@@ -338,11 +347,7 @@ fn audio_passes_both_ways_undamaged_and_in_order() {
 
 #[test]
 fn what_is_lost_is_told_with_the_next_packet_and_counted_on_both_sides() {
-    let mut ends = None;
-    let mut wire = Wire::connected(|wire| {
-        ends = Some(wire.a.add_audio(Direction::SendOnly, "of-a"));
-    });
-    let at_a = ends.unwrap();
+    let (mut wire, at_a) = Wire::one_way();
     let at_b = wire.b.session.transceivers()[0].clone();
     let mut missing = Vec::new();
     for sequence in 1..=1000 {
@@ -797,11 +802,7 @@ fn a_section_that_only_received_has_no_source_until_it_sends() {
 #[test]
 fn packets_that_are_read_late_have_the_time_and_the_jitter_that_they_came_with() {
     const PACE: Duration = Duration::from_millis(20);
-    let mut ends = None;
-    let mut wire = Wire::connected(|wire| {
-        ends = Some(wire.a.add_audio(Direction::SendOnly, "of-a"));
-    });
-    let at_a = ends.unwrap();
+    let (mut wire, at_a) = Wire::one_way();
     let mut sent = Vec::new();
     for sequence in 1..=100 {
         wire.now += PACE;
@@ -844,11 +845,7 @@ fn packets_that_are_read_late_have_the_time_and_the_jitter_that_they_came_with()
 
 #[test]
 fn no_audio_is_missed_while_ice_is_restarted() {
-    let mut ends = None;
-    let mut wire = Wire::connected(|wire| {
-        ends = Some(wire.a.add_audio(Direction::SendOnly, "of-a"));
-    });
-    let at_a = ends.unwrap();
+    let (mut wire, at_a) = Wire::one_way();
     let track = wire.b.session.transceivers()[0].receiver().track().unwrap();
     let restart = OfferOptions {
         ice_restart: true,
